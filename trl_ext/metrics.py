@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
+from trl_ext.losses.token_loss import Metrics
+
 
 class TokenMetrics:
     """
@@ -19,23 +21,30 @@ class TokenMetrics:
         self._local: dict[str, torch.Tensor] = {}  # name -> (2,): sum and count, or extreme and count
         self._reduced: list[dict[str, torch.Tensor]] = []
 
-    def update(self, metrics: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
+    def update(self, metrics: Metrics, mask: torch.Tensor) -> None:
         """
         Args:
-            metrics (`dict[str, torch.Tensor]`):
-                As in [`~trl_ext.losses.TokenLoss`]: of shape `(batch, time)` or `(batch,)`.
+            metrics (`dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]`):
+                As in [`~trl_ext.losses.TokenLoss`]: of shape `(batch, time)` or `(batch,)`, or values and weights.
             mask (`torch.Tensor` of shape `(batch, time)`):
                 Non-zero for the tokens that count.
         """
         mask = mask.bool()
         for name, values in metrics.items():
+            if isinstance(values, tuple):
+                values, weights = (torch.where(mask, part.detach(), 0.0) for part in values)
+                self._add(name, (values * weights).sum(), weights.sum())
+                continue
             values = values.detach()
             valid = mask if values.dim() == 2 else ~values.isnan()
             value = _FOLD[_reduction(name)](torch.where(valid, values, _NEUTRAL[_reduction(name)]).flatten())
-            stats = torch.stack([value.float(), valid.sum().float()])
-            if name in self._local:
-                stats = _fold(name, torch.stack([self._local[name], stats]))
-            self._local[name] = stats
+            self._add(name, value, valid.sum())
+
+    def _add(self, name: str, value: torch.Tensor, count: torch.Tensor) -> None:
+        stats = torch.stack([value.float(), count.float()])
+        if name in self._local:
+            stats = _fold(name, torch.stack([self._local[name], stats]))
+        self._local[name] = stats
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Ends an optimizer step: folds what `update` saw on all processes."""
@@ -64,8 +73,8 @@ _NEUTRAL = {"mean": 0.0, "min": float("inf"), "max": float("-inf")}
 
 
 def _reduction(name: str) -> str:
-    suffix = name[-3:]
-    return suffix if suffix in ("min", "max") else "mean"
+    words = name.split("/")[-1].split("_")
+    return next((word for word in (words[0], words[-1]) if word in ("min", "max")), "mean")
 
 
 def _fold(name: str, stats: torch.Tensor) -> torch.Tensor:

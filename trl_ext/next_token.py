@@ -1,4 +1,9 @@
-"""Next-token distributions without the (batch, time, vocabulary) tensor of logits."""
+"""Next-token distributions through a model's LM head, without the (batch, time, vocabulary) tensor of logits."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -6,20 +11,67 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
-CHUNK_ELEMENTS = 2**25  # logits at a time: 128 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MiB in float32
+
+
+class NextTokens(NamedTuple):
+    """What a model says of the next tokens, all detached; log-probabilities and entropies in nats."""
+
+    logps: torch.Tensor  # (batch, time): of the tokens that came
+    top_k_logps: torch.Tensor  # (batch, time, k): of the likeliest tokens, under the softmax over all, descending
+    top_k_ids: torch.Tensor  # (batch, time, k): those tokens
+    entropy: torch.Tensor | None  # (batch, time); None where it is not known
+
+
+class HeadScaling(NamedTuple):
+    """What becomes of the LM head's product: `softcap * tanh(scale * z / softcap) / temperature`."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, temperature: float) -> "HeadScaling":
+        """As the model's own forward does it. The names are those that `trl.trainer.utils.add_fused_lm_head` reads."""
+        scale = next(
+            (
+                value
+                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+                if (value := getattr(config, name, None)) is not None
+            ),
+            None,
+        )
+        if scale is None and (scaling := getattr(config, "logits_scaling", None)) is not None:
+            scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(1.0 if scale is None else scale, softcap, temperature)
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scales `logits`, in place."""
+        if self.softcap is None:
+            return logits if self.scale == self.temperature else logits.mul_(self.scale / self.temperature)
+        return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def backward_(self, grad: torch.Tensor, scaled_logits: torch.Tensor) -> torch.Tensor:
+        """The gradient of the product from that of the scaled logits, in place. `scaled_logits` is used up."""
+        grad.mul_(self.scale / self.temperature)
+        if self.softcap is None:
+            return grad
+        return grad.mul_(scaled_logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1))
 
 
 @torch.no_grad()
-def next_token_top_k(
+def next_tokens(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     logits_to_keep: int,
     k: int,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    vocab_size: int | None = None,
+) -> NextTokens:
     """
-    The `k` likeliest next tokens before each of the last `logits_to_keep` tokens.
+    What `model` says of each of the last `logits_to_keep` tokens, in one forward pass.
 
     Call it inside the forward of whatever wraps `model` (`_ForwardRedirection`), so that sharded weights are there.
 
@@ -29,54 +81,175 @@ def next_token_top_k(
         input_ids (`torch.Tensor` of shape `(batch, sequence)`):
             Tokens.
         attention_mask (`torch.Tensor` of shape `(batch, sequence)`):
-            0 for padding.
+            0 for padding. What is returned for padding is 0.
         logits_to_keep (`int`):
             Number of tokens at the end of the sequences.
         k (`int`):
-            Number of tokens to return.
+            Number of the likeliest tokens to return.
         temperature (`float`, defaults to `1.0`):
             What the logits are divided by.
+        vocab_size (`int`, *optional*):
+            The likeliest tokens are those below this id, where another model's vocabulary ends there.
+    """
+    hidden = backbone(model, input_ids, attention_mask).last_hidden_state[:, -logits_to_keep - 1 : -1]
+    scaling = HeadScaling.of(model.config.get_text_config(), temperature)
+    targets = input_ids[:, -logits_to_keep:]
+    valid = attention_mask[:, -logits_to_keep:].flatten().nonzero().squeeze(1)
+    shape = targets.shape
+    with gathered_head(model) as (weight, bias), torch.autocast(hidden.device.type, enabled=False):
+        hidden, targets = hidden.flatten(0, 1)[valid], targets.flatten()[valid]
+        dtype = _stats_dtype(hidden)
+        logps, entropy = hidden.new_zeros(2, shape.numel(), dtype=dtype)
+        top_k_logps = hidden.new_zeros(shape.numel(), k, dtype=dtype)
+        top_k_ids = targets.new_zeros(shape.numel(), k)
+        for rows, logits in _logits(hidden, weight, bias, scaling, _compute_dtype(hidden)):
+            places = valid[rows]
+            log_z = logits.logsumexp(-1, keepdim=True)
+            logps[places] = (logits.gather(1, targets[rows, None]) - log_z).squeeze(1)
+            values, top_k_ids[places] = logits[:, :vocab_size].topk(k, dim=-1)
+            top_k_logps[places] = values - log_z
+            entropy[places] = _entropy(logits.sub_(log_z))
+    return NextTokens(logps.view(shape), top_k_logps.view(*shape, k), top_k_ids.view(*shape, k), entropy.view(shape))
+
+
+def backbone(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+    """The outputs of `model` below its LM head. Padding on the left does not shift the positions of what follows."""
+    if model.config.get_text_config() is model.config:  # others number the positions of text and images themselves
+        parameters = inspect.signature(model.base_model.forward).parameters
+        if "position_ids" in parameters:
+            kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+
+
+def selected_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    token_ids: torch.Tensor,
+    scaling: HeadScaling,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Differentiable log-probabilities of a few tokens a position:
+    \\( \log \mathrm{softmax}(f(W h + b))_v \\) for the \\( m \\) given tokens \\( v \\).
+
+    The logits exist for a chunk of positions at a time, and again in the backward pass: that they cover the vocabulary
+    makes any number of columns as cheap as one.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(positions, width)`):
+            \\( h \\).
+        weight (`torch.Tensor` of shape `(vocabulary, width)`):
+            \\( W \\).
+        bias (`torch.Tensor` of shape `(vocabulary,)`, *optional*):
+            \\( b \\).
+        token_ids (`torch.Tensor` of shape `(positions, m)`):
+            The tokens \\( v \\).
+        scaling ([`HeadScaling`]):
+            \\( f \\).
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`, each of shape `(batch, logits_to_keep, k)`: log-probabilities (nats, under
-        the softmax over the whole vocabulary, float32) in descending order, and token ids.
+        `tuple[torch.Tensor, torch.Tensor]`: log-probabilities (nats) of shape `(positions, m)`, and the entropies
+        (nats) of the whole distributions, of shape `(positions,)` and without a gradient; both in float32 or wider.
     """
-    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    hidden = outputs.last_hidden_state[:, -logits_to_keep - 1 : -1]
+    compute_dtype = _compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _SelectedLogps.apply(hidden, weight, bias, token_ids, scaling, compute_dtype)
+
+
+class _SelectedLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, token_ids, scaling, compute_dtype):
+        dtype = _stats_dtype(hidden)
+        logps = hidden.new_empty(token_ids.shape, dtype=dtype)
+        log_z, entropy = hidden.new_empty(2, len(hidden), dtype=dtype)
+        for rows, logits in _logits(hidden, weight, bias, scaling, compute_dtype):
+            log_z[rows] = logits.logsumexp(-1)
+            logps[rows] = logits.gather(1, token_ids[rows]) - log_z[rows, None]
+            entropy[rows] = _entropy(logits.sub_(log_z[rows, None]))
+        ctx.save_for_backward(hidden, weight, bias, token_ids, log_z)
+        ctx.scaling, ctx.compute_dtype = scaling, compute_dtype
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        hidden, weight, bias, token_ids, log_z = ctx.saved_tensors
+        grad_logps = grads[0]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with maybe_gather_lm_head_ctx(weight, bias):  # ZeRO-3 has sharded it again since the forward pass
+            # Summed over the chunks in float32 at least, whatever the weights are
+            grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if needs_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=log_z.dtype) if needs_bias else None
+            for rows, logits in _logits(hidden, weight, bias, ctx.scaling, ctx.compute_dtype):
+                # d logp_v / d logits = onehot(v) - softmax, summed over the tokens
+                grad = (logits - log_z[rows, None]).exp_().mul_(-grad_logps[rows].sum(1, keepdim=True))
+                grad.scatter_add_(1, token_ids[rows], grad_logps[rows])
+                grad = ctx.scaling.backward_(grad, logits)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(ctx.compute_dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = (grad @ weight.to(ctx.compute_dtype)).to(hidden.dtype)
+                if grad_weight is not None:
+                    _add_product_(grad_weight, grad, hidden[rows].to(ctx.compute_dtype))
+            return (
+                grad_hidden,
+                None if grad_weight is None else grad_weight.to(weight.dtype),
+                None if grad_bias is None else grad_bias.to(bias.dtype),
+                None,
+                None,
+                None,
+            )
+
+
+@contextmanager
+def gathered_head(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weight and bias of the LM head, whole, whatever shards them."""
     head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    logps, token_ids = [], []
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight  # FSDP2
-        bias = head.bias.full_tensor() if hasattr(head.bias, "full_tensor") else head.bias
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for chunk in hidden.reshape(-1, hidden.shape[-1]).split(rows):
-            logits = scaled_logits(nn.functional.linear(chunk.to(weight.dtype), weight, bias).float(), config)
-            logits = logits / temperature
-            values, indices = logits.topk(k, dim=-1)
-            logps.append(values - logits.logsumexp(-1, keepdim=True))
-            token_ids.append(indices)
-    shape = (*hidden.shape[:2], k)
-    return torch.cat(logps).view(shape), torch.cat(token_ids).view(shape)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if hasattr(weight, "full_tensor"):  # FSDP2
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    with maybe_gather_lm_head_ctx(weight, bias):
+        yield weight, bias
 
 
-def scaled_logits(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """
-    `logits` as the model's own forward returns them: times its scale, soft-capped.
+def _logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: HeadScaling,
+    compute_dtype: torch.dtype,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The positions chunk by chunk, with their scaled logits in float32 or wider, free to be overwritten."""
+    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    head = weight.to(compute_dtype)
+    bias = None if bias is None else bias.to(compute_dtype)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        logits = nn.functional.linear(hidden[rows].to(compute_dtype), head, bias)
+        yield rows, scaling.apply_(logits.to(_stats_dtype(hidden)))
 
-    The names are those that `trl.trainer.utils.add_fused_lm_head` reads.
-    """
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    if scale is None and (scaling := getattr(config, "logits_scaling", None)) is not None:
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    if scale is not None:
-        logits = logits * scale
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+def _entropy(logps: torch.Tensor) -> torch.Tensor:
+    """(n, vocabulary) -> (n,); an impossible token adds 0."""
+    return -logps.exp().mul_(logps).nansum(-1)
+
+
+def _add_product_(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+    """total += grad^T hidden, in the precision of `total`, with no second tensor of its size."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), hidden)
+        return
+    size = max(1, CHUNK_ELEMENTS // hidden.shape[1])
+    for start in range(0, len(total), size):
+        total[start : start + size] += grad[:, start : start + size].t() @ hidden
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _stats_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)

@@ -2,13 +2,13 @@
 A frozen teacher, whatever it is: a model (loaded, or from a name or path), an adapter on the student, or a server.
 
 All distillation trainers use it through one interface, [`Teacher`]: `check_tokenizer` before anything is loaded,
-`prepare` when the trainer is there, then `sampled_logps` and `top_k`, once a rollout batch.
+`prepare` when the trainer is there, then `sampled_logps` or `next_tokens`, once a rollout batch.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -18,19 +18,12 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
-from trl_ext.next_token import next_token_top_k
+from trl_ext.next_token import NextTokens, next_tokens
 
 
 logger = get_logger(__name__)
 
 Score = Callable[[torch.nn.Module], torch.Tensor]  # the trainer's own scoring of one batch by a given model
-
-
-class TopK(NamedTuple):
-    """The likeliest next tokens, of shape `(batch, time, k)`, sorted: log-probabilities (nats) and token ids."""
-
-    logps: torch.Tensor
-    token_ids: torch.Tensor
 
 
 class Teacher(ABC):
@@ -44,11 +37,14 @@ class Teacher(ABC):
             The tokens with which the teacher ends a completion; `None` where they are not known.
         scores_every_token (`bool`):
             Whether `sampled_logps` never holds NaN.
+        is_local (`bool`):
+            Whether it is a model in this process, which can sample and whose entropies are known.
     """
 
     name: str
     eos_token_ids: set[int] | None = None
     scores_every_token = True
+    is_local = True
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -72,8 +68,20 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def top_k(self, batch: dict[str, Any], k: int, batch_size: int) -> TopK:
-        """The `k` likeliest tokens at each position of the completion, scored `batch_size` sequences at a time."""
+    def next_tokens(self, batch: dict[str, Any], k: int, batch_size: int, vocab_size: int | None = None) -> NextTokens:
+        """
+        `sampled_logps`, and more of the distribution at each position of the completion, in the same forward pass.
+
+        Args:
+            batch (`dict[str, Any]`):
+                As for `sampled_logps`.
+            k (`int`):
+                Number of the likeliest tokens to return.
+            batch_size (`int`):
+                Number of sequences to score at a time.
+            vocab_size (`int`, *optional*):
+                Size of the student's vocabulary, where the teacher's may be padded further.
+        """
 
     def check_tokenizer(self, student: PreTrainedTokenizerBase | ProcessorMixin, student_name: str) -> None:
         """Raises a `ValueError` that names both models and the first difference, if there is one. Sets the ends."""
@@ -164,17 +172,18 @@ class ModelTeacher(Teacher):
         with self.scoring() as model:
             return score(model)
 
-    def top_k(self, batch: dict[str, Any], k: int, batch_size: int) -> TopK:
+    def next_tokens(self, batch: dict[str, Any], k: int, batch_size: int, vocab_size: int | None = None) -> NextTokens:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        length = batch["completion_ids"].shape[1]
         parts = []
         with self.scoring() as model, self.accelerator.autocast():
             unwrapped = self.accelerator.unwrap_model(model)
             unwrapped = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
             for rows in torch.arange(len(ids), device=ids.device).split(batch_size):
-                arguments = (unwrapped, ids[rows], mask[rows], batch["completion_ids"].shape[1], k, self.temperature)
-                parts.append(self._redirect(model, unwrapped, next_token_top_k, *arguments))
-        return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
+                arguments = (unwrapped, ids[rows], mask[rows], length, k, self.temperature, vocab_size)
+                parts.append(self._redirect(model, unwrapped, next_tokens, *arguments))
+        return NextTokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 class AdapterTeacher(ModelTeacher):

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 
-from trl_ext.teacher import ModelTeacher, Score, Teacher, TopK
+from trl_ext.next_token import NextTokens
+from trl_ext.teacher import ModelTeacher, Score, Teacher
 
 
 RETRIES = 3
@@ -48,6 +49,7 @@ class ServerTeacher(Teacher):
     """
 
     scores_every_token = False
+    is_local = False
 
     def __init__(self, url: str, tokenizer_name: str | None = None, timeout: float = 240.0) -> None:
         self.name = self.url = url.rstrip("/")
@@ -82,14 +84,15 @@ class ServerTeacher(Teacher):
         answer = self._ask(batch, 1)
         return self._padded(batch, [[values[0] for values in row] for row in answer["actual_logprobs"]], math.nan)
 
-    def top_k(self, batch: dict[str, Any], k: int, batch_size: int) -> TopK:
+    def next_tokens(self, batch: dict[str, Any], k: int, batch_size: int, vocab_size: int | None = None) -> NextTokens:
         answer = self._ask(batch, k)
 
         def ranked(name: str, fill: float) -> torch.Tensor:
             ranks = [[[position[i] for position in row] for row in answer[name]] for i in range(k)]
             return torch.stack([self._padded(batch, rows, fill) for rows in ranks], dim=-1)
 
-        return TopK(ranked("logprobs", -math.inf), ranked("logprob_token_ids", 0).long())
+        logps = self._padded(batch, [[values[0] for values in row] for row in answer["actual_logprobs"]], math.nan)
+        return NextTokens(logps, ranked("logprobs", -math.inf), ranked("logprob_token_ids", 0).long(), None)
 
     def _ask(self, batch: dict[str, Any], k: int) -> dict[str, list]:
         """The server's answer, of the right shape and made of log-probabilities, or an error that names the URL."""

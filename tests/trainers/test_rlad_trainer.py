@@ -168,12 +168,14 @@ def test_teacher_forms_give_the_same_scores(path, teacher_path, tmp_path, form):
 def test_top_k_of_the_next_token(path, teacher_path, tmp_path, batch_size):
     trainer = make_trainer(path, tmp_path, teacher_path, temperature=0.7)
     batch = rollout_batch(trainer)
-    logps, token_ids = trainer.teacher.top_k(batch, 5, batch_size)
+    scores = trainer.teacher.next_tokens(batch, 5, batch_size)
     expected = full_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7).topk(5)
     mask = batch["completion_mask"].bool()
-    torch.testing.assert_close(logps[mask], expected.values[mask], rtol=1e-4, atol=1e-5)
-    assert torch.equal(token_ids[mask], expected.indices[mask])
-    assert not logps.requires_grad
+    torch.testing.assert_close(scores.top_k_logps[mask], expected.values[mask], rtol=1e-4, atol=1e-5)
+    assert torch.equal(scores.top_k_ids[mask], expected.indices[mask])
+    assert not scores.top_k_logps.requires_grad
+    # in the same pass, what sampled_logps() says
+    torch.testing.assert_close(scores.logps[mask], batch["teacher_per_token_logps"][mask], rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_is_frozen_and_not_saved(path, teacher_path, tmp_path):
@@ -227,9 +229,9 @@ def test_adapter_teacher(path, tmp_path):
     mask = batch["completion_mask"].bool()
     expected = sampled(full_logps(reference, batch), batch)
     torch.testing.assert_close(batch["teacher_per_token_logps"][mask], expected[mask], rtol=1e-4, atol=1e-5)
-    top_k = trainer.teacher.top_k(batch, 3, 8)
+    scores = trainer.teacher.next_tokens(batch, 3, 8)
     torch.testing.assert_close(
-        top_k.logps[mask], full_logps(reference, batch).topk(3).values[mask], rtol=1e-4, atol=1e-5
+        scores.top_k_logps[mask], full_logps(reference, batch).topk(3).values[mask], rtol=1e-4, atol=1e-5
     )
     assert trainer.model.training
     assert trainer.model.active_adapters == ["default"]

@@ -117,9 +117,11 @@ def test_scores_and_top_k_of_unequal_completions(path, tmp_path, server):
     expected = expected_logps(server, batch)
     tokens = expected.gather(2, batch["completion_ids"][..., None]).squeeze(2)
     torch.testing.assert_close(batch["teacher_per_token_logps"][mask], tokens[mask], rtol=1e-4, atol=1e-4)
-    top_k = trainer.teacher.top_k(batch, 3, 8)
-    torch.testing.assert_close(top_k.logps[mask], expected.topk(3).values[mask], rtol=1e-4, atol=1e-4)
-    assert torch.equal(top_k.token_ids[mask], expected.topk(3).indices[mask])
+    scores = trainer.teacher.next_tokens(batch, 3, 8)
+    torch.testing.assert_close(scores.top_k_logps[mask], expected.topk(3).values[mask], rtol=1e-4, atol=1e-4)
+    assert torch.equal(scores.top_k_ids[mask], expected.topk(3).indices[mask])
+    torch.testing.assert_close(scores.logps[mask], tokens[mask], rtol=1e-4, atol=1e-4)
+    assert scores.entropy is None
 
 
 def test_training_asks_once_a_rollout_batch(path, tmp_path, server):
@@ -139,7 +141,7 @@ def test_a_completion_that_is_masked_whole_is_not_asked_for(path, tmp_path, serv
     trainer.compute_loss(trainer.model, batch)
     batch["completion_mask"].zero_()
     assert trainer.teacher.sampled_logps(batch, None).isnan().all()
-    assert trainer.teacher.top_k(batch, 2, 8).logps.shape == (*batch["completion_ids"].shape, 2)
+    assert trainer.teacher.next_tokens(batch, 2, 8).top_k_logps.shape == (*batch["completion_ids"].shape, 2)
 
 
 def test_tokens_without_a_score_are_neutral(path, tmp_path, server):

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from trl_ext.losses.token_loss import PolicyRatio, TokenLoss, at_least_float32, masked, policy_ratio
+from trl_ext.losses.token_loss import Metrics, PolicyRatio, TokenLoss, at_least_float32, masked, policy_ratio
 
 
 # The closest to 0 and 1 that float32 can tell a probability from them
@@ -150,7 +150,7 @@ def _constant(advantages: torch.Tensor, policy: PolicyRatio) -> torch.Tensor:
     return at_least_float32(advantages).detach().expand_as(policy.ratio)
 
 
-def _common_metrics(policy: PolicyRatio, advantages: torch.Tensor, outside: torch.Tensor) -> dict[str, torch.Tensor]:
+def _common_metrics(policy: PolicyRatio, advantages: torch.Tensor, outside: torch.Tensor) -> Metrics:
     ratio = policy.ratio.detach()
     shift = (policy.probability - policy.behaviour_probability).abs()
     return {

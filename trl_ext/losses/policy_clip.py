@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_ext.losses.token_loss import TokenLoss, at_least_float32, masked, policy_ratio
+from trl_ext.losses.token_loss import Metrics, TokenLoss, at_least_float32, masked, policy_ratio
 
 
 def policy_clip_loss(
@@ -42,7 +42,7 @@ def policy_clip_loss(
     advantages = at_least_float32(advantages).detach().expand_as(policy.ratio)
     loss, low, high = clipped_surrogate(policy.ratio, advantages, policy.mask, epsilon_low, epsilon_high, ratio_cap)
     tokens = policy.mask.sum(-1)  # a sequence without tokens is 0 / 0 = NaN, which the reduction leaves out
-    metrics = {
+    metrics: Metrics = {
         "clip_ratio/low_mean": low,
         "clip_ratio/high_mean": high,
         "clip_ratio/region_mean": low + high,

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from trl_ext.losses.policy_clip import clipped_surrogate
-from trl_ext.losses.token_loss import MAX_LOG_RATIO, TokenLoss, at_least_float32, known_or_current, masked
+from trl_ext.losses.token_loss import MAX_LOG_RATIO, Metrics, TokenLoss, at_least_float32, known_or_current, masked
 
 
 def trrd_loss(
@@ -113,7 +113,7 @@ def kdrl_penalty(
     return TokenLoss(penalty, metrics)
 
 
-def teacher_metrics(teacher_log_ratio: torch.Tensor, neutral: torch.Tensor) -> dict[str, torch.Tensor]:
+def teacher_metrics(teacher_log_ratio: torch.Tensor, neutral: torch.Tensor) -> Metrics:
     """What is worth logging of the student's and the teacher's log-probabilities, whatever the loss."""
     log_ratio = teacher_log_ratio.detach()
     return {

@@ -1,13 +1,15 @@
 """What every loss function returns, and the guarded log-ratio that they all start from."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 
 # e^20 = 4.9e8: far outside any trust region, and its square still fits into float32
 MAX_LOG_RATIO = 20.0
+
+Metrics: TypeAlias = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -20,12 +22,13 @@ class TokenLoss:
             Loss to minimise, in float32 or wider. Exactly 0, with an exactly zero gradient, wherever the mask is 0.
         metrics (`dict[str, torch.Tensor]`, *optional*):
             Detached values, of shape `(batch, time)` for one value a token or `(batch,)` for one a sequence. A name
-            that ends in `min` or `max` is reduced with that, any other with the mean over the unmasked tokens (or
-            over the sequences whose value is not NaN) of all processes.
+            that begins or ends with `min` or `max` is reduced with that, any other with the mean over the unmasked
+            tokens (or over the sequences whose value is not NaN) of all processes. A pair
+            is of one value a token and their weights in that mean.
     """
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 class PolicyRatio(NamedTuple):

@@ -1,0 +1,267 @@
+"""TrOPD's loss and its baselines' against values worked out by hand and expectations over a small vocabulary."""
+
+import math
+
+import pytest
+import torch
+
+from trl_ext.losses import eopd_loss, forward_kl_top_k, opd_loss, reopold_loss, tropd_loss
+
+
+VOCABULARY = 7
+ONES = torch.ones(1, VOCABULARY, dtype=torch.float64)
+
+
+def logs(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def every_token(seed=0):
+    """
+    A student's logits, and its and a teacher's log-probabilities of each token of the vocabulary as "time": a sum over
+    time weighed with the student's probabilities is an exact expectation over the sampled token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64).mul(1.5).log_softmax(-1)
+    return logits, logits.log_softmax(-1), teacher
+
+
+def expectation(per_token, logps):
+    return (per_token * logps.detach().exp()).sum()
+
+
+def top_k(logps, teacher, k=VOCABULARY):
+    """Both sides' log-probabilities of the teacher's likeliest tokens, the same at each time."""
+    values, ids = teacher.topk(k)
+    return logps[ids].expand(1, VOCABULARY, k), values.expand(1, VOCABULARY, k)
+
+
+def test_opd_by_hand():
+    # log(0.5 / 0.25) = log 2 is the loss, and R = -log 2 the weight of the gradient
+    logps = logs(0.5, 0.2).requires_grad_()
+    token_loss = opd_loss(logps, logs(0.25, 0.4), torch.ones(1, 2))
+    torch.testing.assert_close(token_loss.loss, torch.tensor([[math.log(2), -math.log(2)]], dtype=torch.float64))
+    token_loss.loss.sum().backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[math.log(2), -math.log(2)]], dtype=torch.float64))
+
+
+def test_opd_descends_the_reverse_kl():
+    logits, logps, teacher = every_token()
+    loss = expectation(opd_loss(logps[None], teacher[None], ONES).loss, logps)
+    kl = (logps.exp() * (logps - teacher)).sum()
+    torch.testing.assert_close(loss, kl)
+    ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, kl))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_share_of_outliers_is_the_total_variation():
+    _, logps, teacher = every_token()
+    shares = tropd_loss(logps[None], teacher[None], ONES, outlier_loss="mask").metrics["outliers/share"]
+    total_variation = 0.5 * (logps.exp() - teacher.exp()).abs().sum()
+    torch.testing.assert_close(expectation(shares, logps), total_variation.detach())
+
+
+@pytest.mark.parametrize("outlier_loss", ["forward_kl", "clip", "mask"])
+def test_draws_have_the_expectation_of_their_probability(outlier_loss):
+    logits, logps, teacher = every_token()
+    columns = dict(zip(("top_k_logps", "teacher_top_k_logps"), top_k(logps, teacher, 3), strict=True))
+    arguments = (logps[None], teacher[None], ONES)
+    expected = tropd_loss(*arguments, **columns, outlier_loss=outlier_loss).loss
+    # Draws on a fine grid are uniform: their mean is the integral up to the grid's step
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    drawn = torch.stack(
+        [tropd_loss(*arguments, **columns, draws=u * ONES, outlier_loss=outlier_loss).loss for u in grid]
+    )
+    assert drawn.var(0).max() > 1e-3  # it really is drawn
+    torch.testing.assert_close(drawn.mean(0), expected, rtol=0, atol=2e-3)
+    ours, theirs = (
+        torch.autograd.grad(expectation(loss, logps), logits, retain_graph=True)[0] for loss in (drawn.mean(0), expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_tropd_by_hand():
+    # Token 1: rho = 0.25 / 0.5 = 1/2, so trusted with 1/2. Token 2: rho = 2, trusted surely.
+    # Forward KL of token 1 on two tokens: 0.6 log(0.6 / 0.5) + 0.3 log(0.3 / 0.1).
+    columns = {
+        "top_k_logps": torch.stack([logs(0.5, 0.2), logs(0.1, 0.2)], dim=-1),
+        "teacher_top_k_logps": torch.stack([logs(0.6, 0.4), logs(0.3, 0.1)], dim=-1),
+    }
+    arguments = (logs(0.5, 0.2), logs(0.25, 0.4), torch.ones(1, 2))
+    forward_kl = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.1)
+
+    def first(**settings):
+        loss = tropd_loss(*arguments, **columns, **settings).loss
+        assert loss[0, 1].item() == pytest.approx(-math.log(2))
+        return loss[0, 0].item()
+
+    assert first() == pytest.approx(0.5 * math.log(2) + 0.5 * forward_kl)
+    below, above = torch.tensor([[0.49, 0.999]]), torch.tensor([[0.51, 0.999]])
+    assert first(draws=below) == pytest.approx(math.log(2))
+    assert first(draws=above) == pytest.approx(forward_kl)
+    assert first(draws=above, outlier_loss="mask") == 0
+    assert first(draws=above, outlier_loss="clip", clip_floor=-0.5) == pytest.approx(0.5)
+    assert first(draws=above, outlier_loss="clip", clip_floor=-0.9) == pytest.approx(math.log(2))
+    assert first(outlier_loss="clip", clip_floor=-0.5) == pytest.approx(0.5 * math.log(2) + 0.25)
+
+
+def test_metrics_by_hand():
+    columns = {
+        "top_k_logps": torch.stack([logs(0.5, 0.2), logs(0.1, 0.2)], dim=-1),
+        "teacher_top_k_logps": torch.stack([logs(0.6, 0.4), logs(0.3, 0.1)], dim=-1),
+    }
+    metrics = tropd_loss(logs(0.5, 0.2), logs(0.25, 0.4), torch.ones(1, 2), **columns).metrics
+    torch.testing.assert_close(metrics["teacher/kl"], torch.tensor([[1.0, -1.0]], dtype=torch.float64) * math.log(2))
+    torch.testing.assert_close(metrics["outliers/share"], torch.tensor([[0.5, 0.0]], dtype=torch.float64))
+    values, weights = metrics["outliers/forward_kl"]
+    assert values[0, 0].item() == pytest.approx(0.6 * math.log(1.2) + 0.3 * math.log(3))
+    assert weights.tolist() == [[0.5, 0.0]]
+
+
+@pytest.mark.parametrize("outlier_loss", ["forward_kl", "clip", "mask"])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_student_equal_to_its_teacher_stays(outlier_loss, sampled):
+    logits, logps, _ = every_token()
+    teacher = logps.detach()
+    columns = dict(zip(("top_k_logps", "teacher_top_k_logps"), top_k(logps, teacher, 4), strict=True))
+    draws = 0.9999 * ONES if sampled else None
+    token_loss = tropd_loss(
+        logps[None], teacher[None], ONES, **columns, draws=draws, outlier_loss=outlier_loss
+    )
+    (gradient,) = torch.autograd.grad(token_loss.loss.sum(), logits)
+    assert token_loss.loss.abs().max() < 1e-12
+    assert gradient.abs().max() < 1e-12
+
+
+def test_the_forward_kl_has_the_gradient_of_full_logits():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64).log_softmax(-1)
+    values, ids = teacher.topk(4)
+    loss = forward_kl_top_k(logits.log_softmax(-1).gather(-1, ids), values)
+    (ours,) = torch.autograd.grad(loss.sum(), logits)
+    q = torch.zeros_like(teacher).scatter(-1, ids, values.exp())  # the teacher on V_k, not renormalised
+    # d/dz of -sum_v q_v log softmax(z)_v is (sum_v q_v) softmax(z) - q
+    torch.testing.assert_close(ours, q.sum(-1, keepdim=True) * logits.softmax(-1).detach() - q)
+    full = torch.nn.functional.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)
+    torch.testing.assert_close(loss, full)
+
+
+def test_the_forward_kl_is_differentiated():
+    """As a detached reward of the sampled token its expected gradient would be zero."""
+    logits, logps, teacher = every_token()
+    columns = dict(zip(("top_k_logps", "teacher_top_k_logps"), top_k(logps, teacher), strict=True))
+    outliers = 0.9999 * ONES  # every token that can be one
+    with_kl = tropd_loss(logps[None], teacher[None], ONES, **columns, draws=outliers)
+    without = tropd_loss(logps[None], teacher[None], ONES, draws=outliers, outlier_loss="mask")
+    difference = expectation(with_kl.loss - without.loss, logps)
+    (gradient,) = torch.autograd.grad(difference, logits)
+    outlier_mass = logps.exp()[teacher < logps].sum().detach()
+    torch.testing.assert_close(gradient, outlier_mass * (logps.exp() - teacher.exp()).detach())
+
+
+def test_only_outliers_have_a_forward_kl():
+    columns = torch.randn(1, 3, 4, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    teacher = torch.randn(1, 3, 4, dtype=torch.float64).log_softmax(-1)
+    logps, teacher_logps = logs(0.5, 0.2, 0.5), logs(0.25, 0.4, 0.1)
+    draws = torch.tensor([[0.4, 0.4, 0.4]])  # only the third is drawn as an outlier: 0.1 / 0.5 = 0.2
+    loss = tropd_loss(
+        logps, teacher_logps, torch.ones(1, 3), top_k_logps=columns, teacher_top_k_logps=teacher, draws=draws
+    ).loss
+    loss.sum().backward()
+    assert columns.grad[0, :2].abs().max() == 0
+    torch.testing.assert_close(columns.grad[0, 2], -teacher[0, 2].exp())
+
+
+def test_eopd_by_hand():
+    columns = torch.stack([logs(0.5, 0.5), logs(0.1, 0.1)], dim=-1)
+    teacher = torch.stack([logs(0.6, 0.6), logs(0.2, 0.2)], dim=-1)  # renormalised: 0.75 and 0.25
+    token_loss = eopd_loss(
+        logs(0.5, 0.5),
+        logs(0.25, 0.25),
+        torch.ones(1, 2),
+        top_k_logps=columns,
+        teacher_top_k_logps=teacher,
+        teacher_entropy=torch.tensor([[0.79, 0.81]]),
+    )
+    forward_kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.1)
+    expected = torch.tensor([[math.log(2), math.log(2) + forward_kl]], dtype=torch.float64)
+    torch.testing.assert_close(token_loss.loss, expected)
+    assert token_loss.metrics["uncertain/share"].tolist() == [[0, 1]]
+
+
+def test_reopold_by_hand():
+    # R = log(0.05 / 0.5) = -2.30, floored at -1.72; log(0.25 / 0.5) = -0.69 is not
+    arguments = (logs(0.5, 0.5, 0.5, 0.2, 0.5), logs(0.05, 0.25, 0.05, 0.4, 0.05))
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    first = reopold_loss(*arguments, mask)
+    expected = torch.tensor([[1.72, math.log(2), 1.72, -math.log(2), 0]], dtype=torch.float64)
+    torch.testing.assert_close(first.loss, expected)
+    assert first.metrics["floored/share"].tolist() == [[1, 0, 1, 0, 0]]
+    # The two least certain of four: a share of a half, the masked token's entropy not among them
+    entropy = torch.tensor([[0.1, 0.9, 0.3, 0.5, 5.0]])
+    second = reopold_loss(*arguments, mask, entropy=entropy, top_entropy_share=0.5)
+    torch.testing.assert_close(second.loss, expected * torch.tensor([[0, 1, 0, 1, 0]]))
+
+
+def every_loss():
+    def tropd(**settings):
+        return lambda s, t, m, c, tc: tropd_loss(s, t, m, top_k_logps=c, teacher_top_k_logps=tc, **settings)
+
+    return {
+        "tropd": tropd(),
+        "tropd sampled": tropd(draws=torch.full((1, 4), 0.5)),
+        "tropd clip": tropd(outlier_loss="clip"),
+        "opd": lambda s, t, m, c, tc: opd_loss(s, t, m),
+        "eopd": lambda s, t, m, c, tc: eopd_loss(
+            s, t, m, top_k_logps=c, teacher_top_k_logps=tc, teacher_entropy=torch.ones(1, 4)
+        ),
+        "reopold": lambda s, t, m, c, tc: reopold_loss(s, t, m, entropy=torch.rand(1, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", every_loss())
+def test_hostile_values(name):
+    """Impossible and unscored tokens, and masked nonsense, leave a finite loss and gradient."""
+    infinity, nan = float("inf"), float("nan")
+    logps = torch.tensor([[-infinity, -1.0, -200.0, nan]], requires_grad=True)
+    teacher = torch.tensor([[-1.0, -infinity, nan, nan]])
+    columns = torch.tensor([[[-1.0, -300.0], [-1.0, -2.0], [-1.0, -2.0], [nan, -infinity]]], requires_grad=True)
+    teacher_columns = torch.tensor([[[-0.1, -9.0], [-0.1, -infinity], [-0.1, nan], [nan, nan]]])
+    loss = every_loss()[name](logps, teacher, torch.tensor([[1, 1, 1, 0]]), columns, teacher_columns).loss
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logps.grad.isfinite().all()
+    assert columns.grad is None or columns.grad[:, :3].isfinite().all()
+    assert loss[0, 3] == 0
+    assert logps.grad[0, 3] == 0
+    assert columns.grad is None or columns.grad[0, 3].abs().sum() == 0
+    assert loss[0, 2] == 0  # what the teacher has no opinion of
+
+
+@pytest.mark.parametrize("name", every_loss())
+def test_nothing_to_train_on(name):
+    logps = torch.randn(1, 4).requires_grad_()
+    columns = torch.randn(1, 4, 2).requires_grad_()
+    arguments = (logps, torch.randn(1, 4), torch.zeros(1, 4), columns, torch.randn(1, 4, 2))
+    loss = every_loss()[name](*arguments).loss
+    loss.sum().backward()
+    assert loss.abs().sum() == 0
+    assert logps.grad.abs().sum() == 0
+
+
+def test_a_nan_of_the_student_is_not_hidden():
+    assert opd_loss(torch.tensor([[float("nan")]]), torch.zeros(1, 1), torch.ones(1, 1)).loss.isnan().all()
+
+
+@pytest.mark.parametrize("name", every_loss())
+def test_half_precision_is_computed_in_single(name):
+    inputs = [torch.randn(1, 4).sub(2), torch.randn(1, 4).sub(2), torch.ones(1, 4)]
+    inputs += [torch.randn(1, 4, 3).log_softmax(-1), torch.randn(1, 4, 3).log_softmax(-1)]
+    torch.manual_seed(0)
+    single = every_loss()[name](*(x.bfloat16().float() for x in inputs)).loss
+    torch.manual_seed(0)
+    half = every_loss()[name](*(x.bfloat16() for x in inputs)).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, single)

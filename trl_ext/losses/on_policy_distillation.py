@@ -1,0 +1,196 @@
+r"""
+Losses of on-policy distillation: TrOPD, and the baselines OPD, EOPD and REOPOLD.
+
+Notation, per token of the student's own rollouts, all in nats: \\( S = \log \pi_S(x) \\) of the student
+(differentiable), \\( T = \log \pi_T(x) \\) of the teacher (constant), \\( R = T - S \\) the reward (detached),
+\\( V_k \\) the teacher's likeliest tokens.
+
+A token whose \\( T \\) is NaN is one that the teacher has no opinion of: it has no loss.
+"""
+
+import torch
+
+from trl_ext.losses.token_loss import MAX_LOG_RATIO, Metrics, TokenLoss, at_least_float32, masked
+
+
+def opd_loss(logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tensor) -> TokenLoss:
+    r"""
+    On-policy distillation: the reverse KL divergence through the sampled token (K1), as a policy gradient,
+
+    $$ L = -R, \qquad \nabla L = -R\, \nabla S $$
+
+    In expectation over the student's tokens both are those of \\( \mathrm{KL}(\pi_S \| \pi_T) \\).
+
+    Args:
+        logps (`torch.Tensor` of shape `(batch, time)`):
+            \\( S \\), differentiable.
+        teacher_logps (`torch.Tensor` of shape `(batch, time)`):
+            \\( T \\). \\( R \\) is clamped to ±20, which bounds what an impossible token (-inf) weighs.
+        mask (`torch.Tensor` of shape `(batch, time)`):
+            Non-zero for the tokens that the student sampled.
+    """
+    logps, reward, mask = _reward(logps, teacher_logps, mask)
+    return TokenLoss(_policy_gradient(reward, logps, mask), _metrics(reward))
+
+
+def tropd_loss(
+    logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    top_k_logps: torch.Tensor | None = None,
+    teacher_top_k_logps: torch.Tensor | None = None,
+    draws: torch.Tensor | None = None,
+    outlier_loss: str = "forward_kl",
+    clip_floor: float = -1.0,
+) -> TokenLoss:
+    r"""
+    Trust Region On-Policy Distillation, Eq. 6 and 9 of [arXiv 2606.01249](https://huggingface.co/papers/2606.01249).
+    The first two terms of its objective, as a loss:
+
+    $$ L = M (-R) + (1 - M)\, L_\mathrm{out}, \qquad M \sim \mathrm{Bernoulli}(\min(\pi_T(x) / \pi_S(x), 1)) $$
+
+    \\( M \\) says whether the teacher is reliable at this token; the expected share of outliers at a prefix is the
+    total variation between student and teacher. With `draws=None` its probability takes its place: the same
+    expectation with less variance. \\( L_\mathrm{out} \\) is, with `outlier_loss`
+
+    - `"forward_kl"`: \\( \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) \\), differentiated. Neither side
+      is renormalised on \\( V_k \\).
+    - `"clip"`: \\( -\max(R, \tau) \\), as a policy gradient. The paper gives no \\( \tau \\).
+    - `"mask"`: 0.
+
+    Args:
+        logps, teacher_logps, mask:
+            As in `opd_loss`.
+        top_k_logps (`torch.Tensor` of shape `(batch, time, k)`, *optional*):
+            \\( \log \pi_S(v) \\), differentiable. Needed for `"forward_kl"`.
+        teacher_top_k_logps (`torch.Tensor` of shape `(batch, time, k)`, *optional*):
+            \\( \log \pi_T(v) \\); -inf for a token that is not there.
+        draws (`torch.Tensor` of shape `(batch, time)`, *optional*):
+            Uniform in [0, 1): \\( M \\) is 1 where they are below its probability.
+        outlier_loss (`str`, defaults to `"forward_kl"`):
+            Which \\( L_\mathrm{out} \\).
+        clip_floor (`float`, defaults to `-1.0`):
+            \\( \tau \\) in nats.
+    """
+    logps, reward, mask = _reward(logps, teacher_logps, mask)
+    trust = reward.clamp(max=0).exp()
+    if draws is not None:
+        trust = (draws < trust).to(trust.dtype)
+    outlier = masked(1 - trust, mask)
+    loss = trust * _policy_gradient(reward, logps, mask)
+    metrics = _metrics(reward) | {"outliers/share": outlier}
+    if outlier_loss == "forward_kl":
+        assert top_k_logps is not None
+        assert teacher_top_k_logps is not None
+        # where, not a product: what is no outlier has no gradient, whatever its tokens' log-probabilities are
+        forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), outlier > 0)
+        loss = loss + outlier * forward_kl
+        metrics["outliers/forward_kl"] = (forward_kl.detach(), outlier)
+    elif outlier_loss == "clip":
+        loss = loss + outlier * _policy_gradient(reward.clamp(min=clip_floor), logps, mask)
+    return TokenLoss(loss, metrics)
+
+
+def eopd_loss(
+    logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    top_k_logps: torch.Tensor,
+    teacher_top_k_logps: torch.Tensor,
+    teacher_entropy: torch.Tensor,
+    entropy_threshold: float = 0.8,
+) -> TokenLoss:
+    r"""
+    Entropy-aware OPD, [arXiv 2603.07079](https://huggingface.co/papers/2603.07079): where the teacher is uncertain, a
+    forward KL divergence is added,
+
+    $$ L = -R + 1[H(\pi_T) > h] \sum_{v \in V_k} q(v) (\log q(v) - \log \pi_S(v)), \qquad
+    q = \pi_T / \textstyle\sum_{V_k} \pi_T $$
+
+    Args:
+        logps, teacher_logps, mask:
+            As in `opd_loss`.
+        top_k_logps, teacher_top_k_logps (`torch.Tensor` of shape `(batch, time, k)`):
+            As in `tropd_loss`; the paper's k is 16.
+        teacher_entropy (`torch.Tensor` of shape `(batch, time)`):
+            \\( H(\pi_T) \\) in nats.
+        entropy_threshold (`float`, defaults to `0.8`):
+            \\( h \\) in nats.
+    """
+    logps, reward, mask = _reward(logps, teacher_logps, mask)
+    uncertain = (teacher_entropy > entropy_threshold) & mask
+    forward_kl = masked(forward_kl_top_k(top_k_logps, at_least_float32(teacher_top_k_logps).log_softmax(-1)), uncertain)
+    metrics, share = _metrics(reward), uncertain.to(logps.dtype)
+    metrics |= {"uncertain/share": share, "uncertain/forward_kl": (forward_kl.detach(), share)}
+    return TokenLoss(_policy_gradient(reward, logps, mask) + forward_kl, metrics)
+
+
+def reopold_loss(
+    logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    floor: float = -1.72,
+    entropy: torch.Tensor | None = None,
+    top_entropy_share: float = 0.2,
+) -> TokenLoss:
+    r"""
+    Relaxed on-policy distillation, [arXiv 2603.11137](https://huggingface.co/papers/2603.11137): the reward has a
+    floor, and in the second phase only the tokens count of which the student is least certain,
+
+    $$ L = -\max(R, c)\; 1[H(\pi_S) \ge Q_{1 - \beta}(H(\pi_S))] $$
+
+    Args:
+        logps, teacher_logps, mask:
+            As in `opd_loss`.
+        floor (`float`, defaults to `-1.72`):
+            \\( c \\) in nats. The sources disagree: -1.72 or -0.85.
+        entropy (`torch.Tensor` of shape `(batch, time)`, *optional*):
+            \\( H(\pi_S) \\) in nats, for the second phase. `None` for the first, in which all tokens count.
+        top_entropy_share (`float`, defaults to `0.2`):
+            \\( \beta \\); the quantile is that of the unmasked tokens given here.
+    """
+    logps, reward, mask = _reward(logps, teacher_logps, mask)
+    metrics = _metrics(reward)
+    metrics["floored/share"] = (reward < floor).to(logps.dtype)
+    loss = _policy_gradient(reward.clamp(min=floor), logps, mask)
+    if entropy is not None:
+        entropies = torch.where(mask, at_least_float32(entropy), float("nan"))
+        least = torch.nanquantile(entropies, 1 - top_entropy_share)  # NaN, which nothing exceeds, where all is masked
+        loss = masked(loss, entropies >= least)
+    return TokenLoss(loss, metrics)
+
+
+def forward_kl_top_k(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    \\( \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) \\) of shape `(batch, time)`, in nats.
+
+    Differentiable in the student's `top_k_logps`. Both of shape `(batch, time, k)`; a teacher's -inf or NaN adds 0.
+    """
+    teacher = at_least_float32(teacher_top_k_logps).detach()
+    known = teacher.isfinite()
+    difference = torch.where(known, teacher - at_least_float32(top_k_logps), 0.0)
+    return (torch.where(known, teacher, float("-inf")).exp() * difference).sum(-1)
+
+
+def _reward(
+    logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """S, R (detached, within ±20, 0 where masked) and the mask without the tokens of which the teacher is silent."""
+    logps = at_least_float32(logps)
+    teacher_logps = at_least_float32(teacher_logps).detach()
+    mask = mask.bool() & ~teacher_logps.isnan()
+    # An impossible token of the student's stands at the smallest float, so that inf - inf never happens
+    current = logps.detach().clamp(min=torch.finfo(logps.dtype).min)
+    return logps, masked((teacher_logps - current).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), mask), mask
+
+
+def _policy_gradient(reward: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """-R in value, with the gradient -R dS: what reports a divergence and descends it."""
+    return -reward * (1 + masked(logps - logps.detach(), mask & logps.isfinite()))
+
+
+def _metrics(reward: torch.Tensor) -> Metrics:
+    return {"teacher/kl": -reward}
