@@ -1,8 +1,8 @@
 """Next-token distributions in chunks against the model's own whole logits, for heads of every kind."""
 
 import pytest
+import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config
 
 from trl_ext import next_token
@@ -29,19 +29,6 @@ HEADS = {
     "scaled": CohereConfig(**SIZE, logit_scale=0.25),
     "divided": GraniteConfig(**SIZE, logits_scaling=4.0),
 }
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation's result had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 @pytest.fixture(params=[1, 50 * 4, 2**25], ids=["a row", "4 rows", "all"])
@@ -160,7 +147,7 @@ def test_bfloat16_is_close_to_float64():
 def test_a_frozen_head_has_no_gradient():
     hidden, weight, bias, ids = head(torch.float32)
     logps, _ = selected_logps(hidden, weight.detach(), bias.detach(), ids, HeadScaling(1.0, None, 1.0))
-    largest = LargestTensor()
+    largest = tiny.LargestTensor()
     with largest:
         logps.sum().backward()
     assert hidden.grad is not None
@@ -190,7 +177,7 @@ def test_the_logits_of_all_positions_never_exist(monkeypatch):
     rows, vocabulary = 64, 1000
     monkeypatch.setattr(next_token, "CHUNK_ELEMENTS", 4 * vocabulary)
     hidden, weight, bias, ids = head(torch.float32, rows=rows, vocabulary=vocabulary)
-    largest = LargestTensor()
+    largest = tiny.LargestTensor()
     with largest:
         selected_logps(hidden, weight, bias, ids, HeadScaling(1.0, None, 1.0))[0].sum().backward()
     assert largest.elements == weight.numel() == 8 * vocabulary  # the weight's own gradient

@@ -12,8 +12,18 @@ _MODULES = {
     "PolicyLossTrainer": "trl_ext.policy_loss_trainer",
     "RLADConfig": "trl_ext.rlad.rlad_config",
     "RLADTrainer": "trl_ext.rlad.rlad_trainer",
+    "TrOPDConfig": "trl_ext.tropd.tropd_config",
+    "TrOPDTrainer": "trl_ext.tropd.tropd_trainer",
 }
-__all__ = ["DRPOConfig", "DRPOTrainer", "PolicyLossTrainer", "RLADConfig", "RLADTrainer"]
+__all__ = [
+    "DRPOConfig",
+    "DRPOTrainer",
+    "PolicyLossTrainer",
+    "RLADConfig",
+    "RLADTrainer",
+    "TrOPDConfig",
+    "TrOPDTrainer",
+]
 
 if TYPE_CHECKING:
     from trl_ext.drpo.drpo_config import DRPOConfig
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
     from trl_ext.policy_loss_trainer import PolicyLossTrainer
     from trl_ext.rlad.rlad_config import RLADConfig
     from trl_ext.rlad.rlad_trainer import RLADTrainer
+    from trl_ext.tropd.tropd_config import TrOPDConfig
+    from trl_ext.tropd.tropd_trainer import TrOPDTrainer
 
 
 def __getattr__(name: str) -> Any:

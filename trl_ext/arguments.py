@@ -6,39 +6,46 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 
-ConfigT = TypeVar("ConfigT", bound=GRPOConfig)
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
 # GRPO's aggregations of a per-token loss. Its other loss types define that loss themselves.
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-def as_config(args: GRPOConfig | None, config_class: type[ConfigT], model: Any, method: str) -> ConfigT:
+def as_config(args: TrainingArguments | None, config_class: type[ConfigT], model: Any, method: str) -> ConfigT:
     """
     `args` as a `config_class`: itself where it is one, else a copy with the method's own settings at their defaults.
 
-    A plain [`~trl.GRPOConfig`] (or a user's subclass of it) keeps all its values, `None` gives the defaults with TRL's
-    usual output directory, `{model}-{method}`.
+    TRL's plain configuration, of which `config_class` is a subclass (or a user's subclass of it), keeps all its
+    values; `None` gives the defaults with TRL's usual output directory, `{model}-{method}`.
     """
+    plain_class = trl_config(config_class)
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "policy"
         return config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
     if isinstance(args, config_class):
         return args
-    if not isinstance(args, GRPOConfig):
+    if not isinstance(args, plain_class):
         raise TypeError(
-            f"`args` must be a {config_class.__name__} or a trl.GRPOConfig, got {type(args).__name__}: "
+            f"`args` must be a {config_class.__name__} or a trl {plain_class.__name__}, got {type(args).__name__}: "
             f"create it with {config_class.__name__}(output_dir=...)."
         )
     converted: Any = copy.copy(args)
     for setting in fields(config_class):
         if not hasattr(converted, setting.name):
             setattr(converted, setting.name, setting.default)
-    if type(args) is GRPOConfig:  # so that our settings reach the logs and training_args.bin too
+    if type(args) is plain_class:  # so that our settings reach the logs and training_args.bin too
         converted.__class__ = config_class
     return converted
+
+
+def trl_config(config_class: type) -> type:
+    """TRL's own configuration class that `config_class` extends, or is."""
+    return next(base for base in config_class.__mro__ if base.__module__.split(".")[0] == "trl")
 
 
 def check_prompt_column(trainer: str, train_dataset: Any, eval_dataset: Any = None) -> None:
@@ -78,9 +85,9 @@ def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
         )
 
 
-def changed_settings(args: GRPOConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the named settings that somebody set to another value than GRPO's default."""
-    defaults = {setting.name: setting.default for setting in fields(GRPOConfig)}
+def changed_settings(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the named settings that somebody set to another value than the default of the method."""
+    defaults = {setting.name: setting.default for setting in fields(args)}
     return {name: getattr(args, name) for name in names if getattr(args, name) != defaults[name]}
 
 

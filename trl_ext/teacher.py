@@ -159,7 +159,7 @@ class ModelTeacher(Teacher):
             model = prepare_fsdp(model, accelerator)
         else:
             model = accelerator.prepare_model(model, evaluation_mode=True)
-        self.model = model
+        self.model, self.vocab_size = model, teacher_size
         self.accelerator, self.temperature = accelerator, args.temperature
 
     @contextmanager
@@ -176,6 +176,9 @@ class ModelTeacher(Teacher):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         length = batch["completion_ids"].shape[1]
+        # A token of the student's padding, which the teacher has not even a number for, is impossible to it
+        unknown = batch["completion_ids"] >= self.vocab_size
+        ids = ids.clamp(max=self.vocab_size - 1)
         parts = []
         with self.scoring() as model, self.accelerator.autocast():
             unwrapped = self.accelerator.unwrap_model(model)
@@ -183,7 +186,8 @@ class ModelTeacher(Teacher):
             for rows in torch.arange(len(ids), device=ids.device).split(batch_size):
                 arguments = (unwrapped, ids[rows], mask[rows], length, k, self.temperature, vocab_size)
                 parts.append(self._redirect(model, unwrapped, next_tokens, *arguments))
-        return NextTokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        scores = NextTokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return scores._replace(logps=scores.logps.masked_fill(unknown, float("-inf")))
 
 
 class AdapterTeacher(ModelTeacher):
@@ -211,6 +215,7 @@ class AdapterTeacher(ModelTeacher):
 
     def prepare(self, trainer: Any) -> None:
         self.model, self.accelerator, self.temperature = trainer.model, trainer.accelerator, trainer.args.temperature
+        self.vocab_size = trainer.model.config.get_text_config().vocab_size
         self.checkpointing = trainer.args.gradient_checkpointing_kwargs
         self.model.set_requires_grad(self.adapter_name, requires_grad=False)
 

@@ -76,7 +76,8 @@ def test_draws_have_the_expectation_of_their_probability(outlier_loss):
     assert drawn.var(0).max() > 1e-3  # it really is drawn
     torch.testing.assert_close(drawn.mean(0), expected, rtol=0, atol=2e-3)
     ours, theirs = (
-        torch.autograd.grad(expectation(loss, logps), logits, retain_graph=True)[0] for loss in (drawn.mean(0), expected)
+        torch.autograd.grad(expectation(loss, logps), logits, retain_graph=True)[0]
+        for loss in (drawn.mean(0), expected)
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
@@ -126,9 +127,7 @@ def test_a_student_equal_to_its_teacher_stays(outlier_loss, sampled):
     teacher = logps.detach()
     columns = dict(zip(("top_k_logps", "teacher_top_k_logps"), top_k(logps, teacher, 4), strict=True))
     draws = 0.9999 * ONES if sampled else None
-    token_loss = tropd_loss(
-        logps[None], teacher[None], ONES, **columns, draws=draws, outlier_loss=outlier_loss
-    )
+    token_loss = tropd_loss(logps[None], teacher[None], ONES, **columns, draws=draws, outlier_loss=outlier_loss)
     (gradient,) = torch.autograd.grad(token_loss.loss.sum(), logits)
     assert token_loss.loss.abs().max() < 1e-12
     assert gradient.abs().max() < 1e-12

@@ -121,7 +121,9 @@ def eopd_loss(
     """
     logps, reward, mask = _reward(logps, teacher_logps, mask)
     uncertain = (teacher_entropy > entropy_threshold) & mask
-    forward_kl = masked(forward_kl_top_k(top_k_logps, at_least_float32(teacher_top_k_logps).log_softmax(-1)), uncertain)
+    forward_kl = masked(
+        forward_kl_top_k(top_k_logps, at_least_float32(teacher_top_k_logps).log_softmax(-1)), uncertain
+    )
     metrics, share = _metrics(reward), uncertain.to(logps.dtype)
     metrics |= {"uncertain/share": share, "uncertain/forward_kl": (forward_kl.detach(), share)}
     return TokenLoss(_policy_gradient(reward, logps, mask) + forward_kl, metrics)

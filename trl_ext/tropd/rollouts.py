@@ -1,0 +1,120 @@
+"""The rollouts of one optimizer step: who writes which tokens, and the tensors that become of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.trainer.utils import pad
+
+from trl_ext.tropd.guidance import prefix_lengths
+
+
+@dataclass
+class Rollout:
+    """
+    One completion of one prompt, as token ids.
+
+    Attributes:
+        prompt (`list[int]`):
+            The prompt.
+        completion (`list[int]`):
+            What follows it.
+        guided (`int`):
+            How many of the completion's first tokens are the teacher's, as guidance.
+        off_policy (`bool`):
+            Whether the whole completion is someone else's (`lmbda` below 1).
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    guided: int = 0
+    off_policy: bool = False
+
+
+def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: torch.Generator) -> list[Rollout]:
+    """
+    Samples a completion for each row, or takes the one that is there.
+
+    All processes come to each generation together, whatever the draws are, because under ZeRO-3 they need each other.
+
+    Args:
+        trainer ([`TrOPDTrainer`]):
+            For its settings and its sampler.
+        rows (`list[tuple[list[int], list[int]]]`):
+            Prompts, and the dataset's completions (empty where there is none).
+        generator (`torch.Generator`):
+            Of the draws that are not the models' own.
+    """
+    args, sampler, training = trainer.args, trainer.sampler, trainer.model.training
+    lmbda = args.lmbda if training else 1.0
+    longest = trainer.longest_prefix() if training else 0
+    off_policy = (torch.rand(len(rows), generator=generator) >= lmbda).tolist()
+
+    written = [completion for _, completion in rows]
+    if (lmbda < 1 and args.seq_kd) or (longest and args.guidance == "teacher"):
+        sampled = sampler.from_teacher([prompt for prompt, _ in rows])
+        if args.seq_kd:
+            written = [theirs if off else own for off, theirs, own in zip(off_policy, sampled, written, strict=True)]
+        if args.guidance == "teacher":
+            written = [own if off else theirs for off, theirs, own in zip(off_policy, sampled, written, strict=True)]
+
+    # The student always writes the last token at least, so the end of a whole completion is not in its prefix
+    available = [0 if off else len(sampler.without_end(own)) for off, own in zip(off_policy, written, strict=True)]
+    available = [min(length, args.max_new_tokens - 1) for length in available]
+    lengths = prefix_lengths(available, longest, args.guidance_share, args.guidance_prefix == "random", generator)
+    starts = [prompt + own[:length] for (prompt, _), own, length in zip(rows, written, lengths, strict=True)]
+    continued: list[list[int]] = [[] for _ in rows]
+    if lmbda > 0:
+        wanted = [i for i, off in enumerate(off_policy) if not off] or [0]  # one at least: no process may stay away
+        if args.use_vllm:  # whose server wants as many prompts of every process
+            wanted = list(range(len(rows)))
+        for i, completion in zip(wanted, sampler.from_student([starts[i] for i in wanted]), strict=True):
+            continued[i] = completion
+
+    rollouts = []
+    for i, (prompt, _) in enumerate(rows):
+        if off_policy[i]:
+            rollouts.append(Rollout(prompt, written[i], off_policy=True))
+        else:
+            completion = (written[i][: lengths[i]] + continued[i])[: args.max_new_tokens]
+            rollouts.append(Rollout(prompt, completion, guided=lengths[i]))
+    return rollouts
+
+
+def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """
+    The batch that is scored and trained on: prompts padded left, completions right, on the CPU.
+
+    `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` of shape `(batch, length)`; `guided_mask` and
+    `off_policy_mask` like the latter, 1 on those tokens; `draws`, uniform in [0, 1), like the latter; `positions`, the
+    indices of the completions' tokens in the flattened `completion_mask`, so that no device has to be asked for them.
+    """
+    longest = max(1, *(len(rollout.completion) for rollout in rollouts))
+
+    def masks(counts: list[int]) -> torch.Tensor:
+        return (torch.arange(longest) < torch.tensor(counts)[:, None]).long()
+
+    completion_mask = masks([len(rollout.completion) for rollout in rollouts])
+    completions = [r.completion + [pad_token_id] * (longest - len(r.completion)) for r in rollouts]
+    draws = torch.zeros(completion_mask.shape)
+    for row, rollout in zip(draws, rollouts, strict=True):  # row by row: the same in whatever batch it comes
+        row[: len(rollout.completion)] = torch.rand(len(rollout.completion), generator=generator)
+    return {
+        "prompt_ids": _left_padded([rollout.prompt for rollout in rollouts], pad_token_id),
+        "prompt_mask": _left_padded([[1] * len(rollout.prompt) for rollout in rollouts], 0),
+        "completion_ids": torch.tensor(completions),
+        "completion_mask": completion_mask,
+        "guided_mask": masks([rollout.guided for rollout in rollouts]),
+        "off_policy_mask": masks([len(rollout.completion) * rollout.off_policy for rollout in rollouts]),
+        "draws": draws,
+        "positions": completion_mask.flatten().nonzero().squeeze(1),
+    }
+
+
+def left_padded(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, each of shape `(rows, longest)`."""
+    return _left_padded(rows, pad_token_id), _left_padded([[1] * len(row) for row in rows], 0)
+
+
+def _left_padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=value, padding_side="left")

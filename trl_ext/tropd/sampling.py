@@ -1,0 +1,115 @@
+"""Samples completions of the student and of the teacher."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from trl.distributed import DistributedBackend
+from trl.import_utils import is_vllm_available
+from trl.models.utils import unwrap_model_for_generation
+
+from trl_ext.tropd.rollouts import left_padded
+
+
+class RolloutSampler:
+    """
+    Samples from the whole distribution at the trainer's temperature, with `generate` or, the student only, with vLLM.
+
+    Args:
+        trainer ([`TrOPDTrainer`]):
+            Initialised, its teacher prepared.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, args = trainer, trainer.args
+        own = trainer.model.generation_config.eos_token_id
+        own = trainer._tokenizer.eos_token_id if own is None else own
+        self.eos_token_ids: list[int] = [own] if isinstance(own, int) else list(own or [])
+        self.generation_kwargs = {
+            "max_new_tokens": args.max_new_tokens,
+            "do_sample": True,
+            "temperature": args.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "pad_token_id": trainer._tokenizer.pad_token_id,
+            "eos_token_id": self.eos_token_ids or None,
+            "disable_compile": True,
+        }
+        self.generation_config = GenerationConfig(**self.generation_kwargs)
+        self._backend = DistributedBackend(trainer.accelerator)
+        self._vllm = self._start_vllm() if args.use_vllm else None
+        self._loaded_step = -1  # whose weights vLLM has
+
+    def from_student(self, prompts: list[list[int]]) -> list[list[int]]:
+        """One completion a prompt, as token ids, up to its end token, which it keeps."""
+        if self._vllm is None:
+            return self._generate(self.trainer.model_wrapped, prompts)
+        if self.trainer.state.global_step != self._loaded_step:
+            self._vllm.sync_weights()
+            self._loaded_step = self.trainer.state.global_step
+        _, completions, *_ = self._vllm.generate(prompts=prompts, images=None, num_generations=1)
+        return [list(completion) for completion in completions]
+
+    def from_teacher(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The same of the teacher."""
+        with self.trainer.teacher.scoring() as model:
+            return self._generate(model, prompts)
+
+    def without_end(self, completion: list[int]) -> list[int]:
+        """`completion` up to its first end token, without that."""
+        end = next((i for i, token in enumerate(completion) if token in self.eos_token_ids), len(completion))
+        return completion[:end]
+
+    def _generate(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
+        trainer, args = self.trainer, self.trainer.args
+        device = trainer.accelerator.device
+        ids, mask = left_padded(prompts, trainer._tokenizer.pad_token_id)
+        with (
+            unwrap_model_for_generation(
+                model,
+                trainer.accelerator,
+                gather_deepspeed3_params=args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            ) as unwrapped,
+            torch.no_grad(),
+            self._backend.summon_full_params(model, recurse=False),
+        ):
+            sequences = unwrapped.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.generation_config
+            )
+        completions = []
+        for row in sequences[:, ids.shape[1] :].tolist():
+            length = len(self.without_end(row))
+            completions.append(row[: length + 1])
+        return completions
+
+    def _start_vllm(self) -> Any:
+        if not is_vllm_available():
+            raise ImportError("use_vllm=True needs vLLM: pip install trl[vllm], or set use_vllm=False.")
+        from trl.generation.vllm_generation import VLLMGeneration  # imports vLLM
+
+        trainer, args = self.trainer, self.trainer.args
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return VLLMGeneration(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode=args.vllm_mode,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            group_port=args.vllm_group_port,
+            server_timeout=args.vllm_server_timeout,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=rows * args.vllm_tensor_parallel_size,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+            temperature=args.temperature,
+            max_completion_length=args.max_new_tokens,
+            logprobs=None,
+        )

@@ -1,0 +1,226 @@
+"""Settings of [`TrOPDTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.experimental.gkd import GKDConfig
+
+from trl_ext.tropd.vllm_settings import VLLMSettings
+
+
+CHOICES = {
+    "objective": ("tropd", "opd", "eopd", "reopold"),
+    "trust_region": ("sampled", "expected"),
+    "outlier_loss": ("forward_kl", "clip", "mask"),
+    "guidance": ("none", "dataset", "teacher"),
+    "guidance_schedule": ("cosine", "linear", "constant"),
+    "guidance_prefix": ("random", "longest"),
+    "vllm_mode": ("colocate", "server"),
+}
+
+
+@dataclass
+class TrOPDConfig(VLLMSettings, GKDConfig):
+    r"""
+    Configuration class for the [`TrOPDTrainer`]: all of [`~trl.experimental.gkd.GKDConfig`], whose `lmbda` and
+    `temperature` have another default here; the settings of generation with vLLM ([`VLLMSettings`]); and those below.
+
+    Parameters:
+        objective (`str`, *optional*, defaults to `"tropd"`):
+            `"tropd"`, or one of the baselines `"opd"` (K1 on every token), `"eopd"`, `"reopold"`.
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of the prompts whose completion the student samples. The others take the dataset's completion (with
+            `seq_kd` a sample of the teacher's) and minimise the forward KL divergence to the teacher on its top-k.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the samples and of all log-probabilities, the student's and the teacher's.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Completions per prompt. Batch sizes count completions.
+        trust_region (`str`, *optional*, defaults to `"sampled"`):
+            For `"tropd"`. `"sampled"`: whether a token is trusted is drawn, as in the paper. `"expected"`: the
+            probability takes the draw's place; same expectation, less variance.
+        outlier_loss (`str`, *optional*, defaults to `"forward_kl"`):
+            For `"tropd"`, what outliers contribute: `"forward_kl"` on the teacher's top-k, `"clip"` (K1 with a floored
+            reward) or `"mask"` (nothing).
+        outlier_top_k (`int`, *optional*, defaults to `64`):
+            Number of the teacher's likeliest tokens in the forward KL divergence.
+        outlier_clip_floor (`float`, *optional*, defaults to `-1.0`):
+            For `outlier_loss="clip"`, in nats. The paper gives no value; this one is ours.
+        guidance (`str`, *optional*, defaults to `"none"`):
+            Where rollouts get a prefix from: `"dataset"` (completions that the teacher wrote), `"teacher"` (sampled
+            when needed) or nowhere.
+        guidance_coef (`float`, *optional*, defaults to `1e-3`):
+            Coefficient of the negative log-likelihood of a prefix.
+        guidance_max_length (`int`, *optional*):
+            Longest prefix at the first step, in tokens. Defaults to `max_new_tokens`.
+        guidance_schedule (`str`, *optional*, defaults to `"cosine"`):
+            How that falls to 0 over the run: `"cosine"` (the paper's), `"linear"`, or not: `"constant"`.
+        guidance_prefix (`str`, *optional*, defaults to `"random"`):
+            `"random"`: lengths uniform up to the longest that the schedule and the completion allow. `"longest"`: that
+            one. The paper leaves it open; with `"longest"` the first rollouts are hardly the student's.
+        guidance_share (`float`, *optional*, defaults to `1.0`):
+            Share of the rollouts that are guided.
+        eopd_top_k (`int`, *optional*, defaults to `16`):
+            For `"eopd"`: number of the teacher's likeliest tokens in the forward KL divergence.
+        eopd_entropy_threshold (`float`, *optional*, defaults to `0.8`):
+            For `"eopd"`: entropy of the teacher, in nats, above which that is added.
+        reopold_floor (`float`, *optional*, defaults to `-1.72`):
+            For `"reopold"`: floor of the reward, in nats.
+        reopold_switch_step (`int`, *optional*):
+            For `"reopold"`: optimizer step from which only uncertain tokens count. Defaults to half of the run, which
+            is our choice.
+        reopold_top_entropy_share (`float`, *optional*, defaults to `0.2`):
+            For `"reopold"`: share of each micro-batch's tokens that then count.
+        teacher_model_revision (`str`, *optional*):
+            Branch, tag or commit of the teacher.
+        teacher_model_server_url (`str`, *optional*):
+            URL of a vLLM server that holds the teacher.
+        teacher_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for that server at the start, and for each of its answers.
+        ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
+            Under ZeRO-3: whether to gather the weights for generation, as in [`~trl.GRPOConfig`].
+    """
+
+    objective: str = field(
+        default="tropd",
+        metadata={
+            "help": "'tropd', or a baseline: 'opd' (K1 on every token), 'eopd', 'reopold'.",
+            "choices": list(CHOICES["objective"]),
+        },
+    )
+    lmbda: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the prompts whose completion the student samples; the others take the dataset's, or "
+            "with seq_kd the teacher's."
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the samples and of all log-probabilities."}
+    )
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions per prompt. Batch sizes count completions."}
+    )
+    trust_region: str = field(
+        default="sampled",
+        metadata={
+            "help": "'sampled': whether a token is trusted is drawn. 'expected': its probability takes the draw's "
+            "place.",
+            "choices": list(CHOICES["trust_region"]),
+        },
+    )
+    outlier_loss: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What outliers contribute: 'forward_kl' on the teacher's top-k, 'clip' (K1, floored) or 'mask'.",
+            "choices": list(CHOICES["outlier_loss"]),
+        },
+    )
+    outlier_top_k: int = field(
+        default=64, metadata={"help": "Number of the teacher's likeliest tokens in the forward KL divergence."}
+    )
+    outlier_clip_floor: float = field(
+        default=-1.0, metadata={"help": "For outlier_loss='clip': floor of the reward, in nats."}
+    )
+    guidance: str = field(
+        default="none",
+        metadata={
+            "help": "Where rollouts get a prefix from: 'none', 'dataset' (completions that the teacher wrote) or "
+            "'teacher' (sampled when needed).",
+            "choices": list(CHOICES["guidance"]),
+        },
+    )
+    guidance_coef: float = field(
+        default=1e-3, metadata={"help": "Coefficient of the negative log-likelihood of a prefix."}
+    )
+    guidance_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prefix at the first step, in tokens. Defaults to max_new_tokens."},
+    )
+    guidance_schedule: str = field(
+        default="cosine",
+        metadata={
+            "help": "How the longest prefix falls to 0 over the run: 'cosine', 'linear', or not: 'constant'.",
+            "choices": list(CHOICES["guidance_schedule"]),
+        },
+    )
+    guidance_prefix: str = field(
+        default="random",
+        metadata={
+            "help": "'random': lengths uniform up to the longest. 'longest': that one.",
+            "choices": list(CHOICES["guidance_prefix"]),
+        },
+    )
+    guidance_share: float = field(default=1.0, metadata={"help": "Share of the rollouts that are guided."})
+    eopd_top_k: int = field(
+        default=16, metadata={"help": "For 'eopd': number of the teacher's likeliest tokens in its forward KL."}
+    )
+    eopd_entropy_threshold: float = field(
+        default=0.8, metadata={"help": "For 'eopd': entropy of the teacher, in nats, above which that is added."}
+    )
+    reopold_floor: float = field(default=-1.72, metadata={"help": "For 'reopold': floor of the reward, in nats."})
+    reopold_switch_step: int | None = field(
+        default=None,
+        metadata={"help": "For 'reopold': step from which only uncertain tokens count. Defaults to half of the run."},
+    )
+    reopold_top_entropy_share: float = field(
+        default=0.2, metadata={"help": "For 'reopold': share of each micro-batch's tokens that then count."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
+    )
+    teacher_model_server_url: str | None = field(
+        default=None, metadata={"help": "URL of a vLLM server that holds the teacher."}
+    )
+    teacher_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds to wait for that server at the start and for each answer."}
+    )
+    ds3_gather_for_generation: bool = field(
+        default=True, metadata={"help": "Under ZeRO-3: whether to gather the weights for generation."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tropd_args(self)
+
+
+def check_tropd_args(args: Any) -> None:
+    """Raises a `ValueError`, in one sentence with the mend, for settings that TrOPD cannot honour."""
+    for name, choices in CHOICES.items():
+        if getattr(args, name) not in choices:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is unknown: set it to one of {', '.join(map(repr, choices))}."
+            )
+    for name in ("outlier_top_k", "eopd_top_k", "num_generations", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} leaves nothing to compute: set it to 1 or more.")
+    for name in ("guidance_share", "reopold_top_entropy_share", "lmbda"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name}={getattr(args, name)} is no share: set it between 0 and 1.")
+    if not args.temperature > 0:
+        raise ValueError(f"temperature={args.temperature} is nothing to sample at: set it above 0.")
+    if not args.guidance_coef >= 0:
+        raise ValueError(f"guidance_coef={args.guidance_coef} would unlearn the prefixes: set it to 0 or more.")
+    if args.guidance_max_length is not None and args.guidance_max_length < 0:
+        raise ValueError(f"guidance_max_length={args.guidance_max_length} is no length: set it to 0 or more.")
+    for name in ("outlier_clip_floor", "reopold_floor"):
+        if not getattr(args, name) <= 0:
+            raise ValueError(
+                f"{name}={getattr(args, name)} would reward tokens that the teacher finds worse: set it to 0 nats or "
+                "less."
+            )
+    if args.num_generations > 1 and args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} would part the {args.num_generations} "
+            "completions of a prompt: set it to 'random' or 'sequential', or num_generations=1."
+        )
+    for name in ("packing", "padding_free", "assistant_only_loss"):
+        if getattr(args, name):
+            raise ValueError(
+                f"TrOPDTrainer trains on completions that it samples itself, for which {name}=True means nothing: "
+                f"leave {name} out."
+            )
+    if args.label_smoothing_factor > 0 or args.loss_type != "nll":
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} and loss_type={args.loss_type!r} are of a "
+            "likelihood loss, which TrOPDTrainer has not: leave them at 0 and 'nll', and choose an objective."
+        )

@@ -1,0 +1,407 @@
+"""Trust region on-policy distillation."""
+
+import random
+import textwrap
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoProcessor,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, repeat_iterable_dataset
+
+from trl_ext.arguments import as_config, changed_settings
+from trl_ext.losses.token_loss import Metrics
+from trl_ext.metrics import TokenMetrics
+from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
+from trl_ext.teacher import AdapterTeacher, Teacher, make_teacher, text_tokenizer
+from trl_ext.tropd.guidance import longest_prefix
+from trl_ext.tropd.objective import completion_loss
+from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
+from trl_ext.tropd.rollouts import collate, roll_out
+from trl_ext.tropd.sampling import RolloutSampler
+from trl_ext.tropd.tropd_config import TrOPDConfig, check_tropd_args
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+logger = get_logger(__name__)
+
+# Settings of GKD and SFT that mean nothing here
+UNUSED_SETTINGS = ("beta", "dataset_text_field", "completion_only_loss", "eval_packing", "shuffle_dataset")
+
+
+class TrOPDTrainer(GKDTrainer):
+    r"""
+    Trainer for [Trust Region On-Policy Distillation](https://huggingface.co/papers/2606.01249): distils on the
+    student's own rollouts, only where the teacher is reliable. Per token \\( x \\) of the student's, with
+    \\( \rho = \pi_T(x) / \pi_S(x) \\), its loss is (Eq. 6, 8, 9)
+
+    $$ M (-\log \rho) + (1 - M) \sum_{v \in V_k} \pi_T(v) \log \frac{\pi_T(v)}{\pi_S(v)}, \qquad
+    M \sim \mathrm{Bernoulli}(\min(\rho, 1)) $$
+
+    the first as a policy gradient, the second differentiated; and where a rollout begins with a prefix of the
+    teacher's, \\( -\beta_g \log \pi_S(x) \\) on that. The baselines OPD, EOPD and REOPOLD are there too
+    (`args.objective`). The mean is over all completion tokens of the optimizer step, on all processes.
+
+    Rollouts are made once an optimizer step, with `generate` or vLLM, and scored by the teacher in one forward pass.
+    No tensor of shape (batch, time, vocabulary) exists, of either model.
+
+    Takes the arguments of [`~trl.experimental.gkd.GKDTrainer`], in the same order; `args` may be a plain
+    [`~trl.experimental.gkd.GKDConfig`]. Rows have `messages`, or a `prompt` and perhaps a `completion`: see
+    [`PromptCollator`].
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            A hub name or path, a loaded model, the name of an adapter that the student (a [`~peft.PeftModel`]) holds
+            beside its own, or the URL of a vLLM server. Without it, `args.teacher_model_name_or_path` or
+            `args.teacher_model_server_url`.
+
+    Example:
+
+    ```python
+    >>> trainer = TrOPDTrainer(
+    ...     model="Qwen/Qwen3-1.7B",
+    ...     teacher_model="Qwen/Qwen3-4B",
+    ...     args=TrOPDConfig(learning_rate=5e-6, max_new_tokens=4096, num_generations=4),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    ```
+    """
+
+    loss_is_scaled_for_ga = True  # by the number of tokens of the whole optimizer step
+
+    _tag_names = ["trl", "trl_ext", "tropd"]  # noqa: RUF012 - TRL's own form
+    _name = "TrOPD"
+    _paper = {  # noqa: RUF012
+        "title": "Trust Region On-Policy Distillation",
+        "id": "2606.01249",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{tropd2026,
+                title  = {{Trust Region On-Policy Distillation}},
+                year   = 2026,
+                eprint = {arXiv:2606.01249},
+            }"""),
+    }
+
+    args: TrOPDConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel | None" = None,
+        teacher_model: "str | PreTrainedModel | PeftModel | None" = None,
+        args: GKDConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if model is None:
+            raise ValueError(f"{name} needs a student: pass model=..., a hub name, a path or a loaded model.")
+        if compute_metrics is not None or preprocess_logits_for_metrics is not None:
+            raise ValueError(
+                f"{name} never builds the logits that compute_metrics and preprocess_logits_for_metrics read: leave "
+                "them out, and read eval_loss and eval_teacher/kl."
+            )
+        if formatting_func is not None:
+            raise ValueError(
+                f"{name} must know where a prompt ends, which formatting_func does not say: make a 'prompt' column "
+                "with dataset.map() instead."
+            )
+        args = as_config(args, TrOPDConfig, model, self._name)
+        check_tropd_args(args)
+        needs = None
+        if data_collator is None:
+            needs = self._check_datasets(args, train_dataset, eval_dataset)
+        self.teacher: Teacher = make_teacher(teacher_model, model, args, name)
+        self._check_teacher(args)
+        student_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if processing_class is None:
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = AutoProcessor.from_pretrained(
+                student_name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+        self.teacher.check_tokenizer(processing_class, student_name or "model")
+        tokenizer = text_tokenizer(processing_class)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if data_collator is None:
+            data_collator = PromptCollator(tokenizer, args.max_length, completions=needs is not None)
+        if isinstance(train_dataset, IterableDataset) and args.num_generations > 1:
+            train_dataset = repeat_iterable_dataset(train_dataset, args.num_generations)
+
+        # As in GKDTrainer, whose own constructor is passed over: its teacher is another
+        args.remove_unused_columns = False
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super(GKDTrainer, self).__init__(
+            model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{name} calls the model below PEFT's forward, where {self.model.active_peft_config.peft_type.value} "
+                "puts its prompt: use another adapter, e.g. peft.LoraConfig."
+            )
+        if args.disable_dropout:
+            disable_dropout_in_model(self.model)
+        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self.teacher.prepare(self)
+        self.sampler = RolloutSampler(self)
+        self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
+        self._foreign_ends = self.teacher.foreign_ends(self.sampler.eos_token_ids)
+        student_size = self.model.config.get_text_config().vocab_size
+        forward_kl = (args.objective == "tropd" and args.outlier_loss == "forward_kl") or args.lmbda < 1
+        wanted = args.eopd_top_k if args.objective == "eopd" else 0
+        self._vocab_size = student_size
+        self._top_k = min(max(wanted, args.outlier_top_k if forward_kl else 0), student_size)
+        self._forward_redirection = _ForwardRedirection()
+        self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
+        self._prompt_batches: list | None = None  # of the optimizer step, until its rollouts are made
+        self._micro_batches: list[dict[str, torch.Tensor]] = []
+        self._num_items = torch.ones((), device=self.accelerator.device)
+        self._num_tokens = torch.zeros((), device=self.accelerator.device)
+        self._warn_about_args()
+
+    def _check_datasets(self, args: TrOPDConfig, train_dataset: Any, eval_dataset: Any) -> str | None:
+        """Refuses what is seen to be wrong in the columns; returns the setting that needs completions, if one does."""
+        needs = f"lmbda={args.lmbda}" if args.lmbda < 1 and not args.seq_kd else None
+        needs = "guidance='dataset'" if args.guidance == "dataset" else needs
+        check_columns(type(self).__name__, train_dataset, "train_dataset", needs)
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        for key, dataset in evals.items():
+            check_columns(type(self).__name__, dataset, f"eval_dataset[{key!r}]" if key else "eval_dataset", None)
+        return needs
+
+    def _check_teacher(self, args: TrOPDConfig) -> None:
+        if self.teacher.is_local:
+            return
+        faults = {
+            "guidance='teacher'": (args.guidance == "teacher", "set guidance='dataset' with completions of its own"),
+            "seq_kd=True": (args.seq_kd and args.lmbda < 1, "set lmbda=1.0"),
+            "objective='eopd'": (args.objective == "eopd", "choose another objective"),
+        }
+        for setting, (at_fault, mend) in faults.items():
+            if at_fault:
+                raise ValueError(
+                    f"{setting} needs the teacher's own samples or entropies, which the server {self.teacher.name} "
+                    f"does not give here: {mend}, or load the teacher here."
+                )
+
+    def _warn_about_args(self) -> None:
+        args = self.args
+        unused = changed_settings(args, UNUSED_SETTINGS)
+        if args.objective != "tropd":
+            unused |= changed_settings(args, ("trust_region", "outlier_loss"))
+        if args.guidance == "none":
+            unused |= changed_settings(args, ("guidance_max_length", "guidance_share", "guidance_schedule"))
+        if unused:
+            settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
+            logger.warning(
+                f"{settings} has no effect in {type(self).__name__} with objective={args.objective!r} and "
+                f"guidance={args.guidance!r}: leave it out, or change these."
+            )
+
+    # Rollouts: made when the first micro-batch of an optimizer step is asked for. Not earlier, because a run that
+    # resumes restores the random state only after it has fetched the step's batches.
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._prompt_batches = batches
+        return batches, None
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None  # nothing has been sampled yet
+
+    def _prepare_inputs(self, inputs):
+        if not self.model.training:
+            return self._make_rollouts([inputs])[0]
+        if self._prompt_batches is not None:
+            batches, self._prompt_batches = self._prompt_batches, None
+            self._micro_batches = self._make_rollouts(batches)
+        return self._micro_batches.pop(0)
+
+    def _make_rollouts(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """One batch of tokens and teacher's scores for each batch of prompts."""
+        training, device, process = self.model.training, self.accelerator.device, self.accelerator.process_index
+        # The draws of a training step depend on nothing but the step: a run that resumes repeats them
+        seed = f"{self.args.seed}/{self.state.global_step}/{process}"
+        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
+        if not training:
+            generator.manual_seed(int(torch.randint(2**62, ())))
+        rows = [unpad(batch) for batch in batches]
+        rollouts = iter(roll_out(self, [row for batch in rows for row in batch], generator))
+        made = []
+        for batch in rows:
+            micro_batch = collate([next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator)
+            micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+            scores = self.teacher.next_tokens(micro_batch, max(self._top_k, 1), len(batch), self._vocab_size)
+            logps = scores.logps
+            if self._foreign_ends:
+                foreign = torch.isin(micro_batch["completion_ids"], logps.new_tensor(self._foreign_ends).long())
+                logps = logps.masked_fill(foreign, float("nan"))
+            micro_batch["teacher_logps"] = logps
+            if scores.entropy is not None:
+                micro_batch["teacher_entropy"] = scores.entropy
+            if self._top_k:
+                micro_batch |= {"top_k_logps": scores.top_k_logps, "top_k_ids": scores.top_k_ids}
+            made.append(micro_batch)
+        self._count(made)
+        return made
+
+    def _count(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """What the step is made of: the tokens by which its loss is divided, and what is logged of the lengths."""
+        mode = "train" if self.model.training else "eval"
+        for batch in batches:
+            mask = batch["completion_mask"]
+            lengths = mask.sum(1).float()
+            ended = torch.isin(batch["completion_ids"], mask.new_tensor(self.sampler.eos_token_ids)) & mask.bool()
+            metrics: Metrics = {
+                "completions/mean_length": lengths,
+                "completions/min_length": lengths,
+                "completions/max_length": lengths,
+                "completions/clipped_ratio": (~ended.any(1)).float(),
+            }
+            if mode == "train" and self.args.guidance != "none":
+                metrics["guidance/share"] = batch["guided_mask"].float()
+                metrics["guidance/max_length"] = torch.full_like(lengths, self.longest_prefix())
+            if mode == "train" and self.args.lmbda < 1:
+                metrics["off_policy/share"] = batch["off_policy_mask"].float()
+            self._token_metrics[mode].update(metrics, mask)
+        if mode == "train":
+            counts = torch.stack(
+                [
+                    sum((batch["completion_mask"].sum() for batch in batches), torch.zeros_like(self._num_items)),
+                    sum((batch["prompt_mask"].sum() for batch in batches), torch.zeros_like(self._num_items)),
+                ]
+            )
+            counts = self.accelerator.gather(counts[None]).sum(0)
+            self._num_items = counts[0].clamp(min=1)
+            self._num_tokens += counts.sum()
+
+    def longest_prefix(self) -> int:
+        """The longest prefix of the teacher's at this step, in tokens."""
+        args = self.args
+        if args.guidance == "none":
+            return 0
+        length = args.max_new_tokens if args.guidance_max_length is None else args.guidance_max_length
+        return longest_prefix(self.state.global_step, self.state.max_steps, length, args.guidance_schedule)
+
+    # The loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        unwrapped = self.accelerator.unwrap_model(model)
+        # Through the wrapper's forward, so that it reduces gradients and sharded weights are there
+        logps, entropy, aux_loss = self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
+        per_token_loss, metrics = completion_loss(self.args, self.state, mode == "train", logps, entropy, inputs)
+        for values, mask in metrics:
+            self._token_metrics[mode].update(values, mask)
+        if mode == "train":
+            # Over the tokens of all processes and micro-batches; processes average their gradients
+            loss = per_token_loss.sum() * self.accelerator.num_processes / self._num_items
+        else:
+            loss = per_token_loss.sum() / inputs["completion_mask"].sum().clamp(min=1)
+        if aux_loss is not None:
+            steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
+        if mode == "eval" or self.accelerator.sync_gradients:
+            self._token_metrics[mode].reduce(self.accelerator)
+        return (loss, {}) if return_outputs else loss
+
+    def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """
+        The student's log-probabilities of shape `(batch, time, 1 + k)`, of the tokens that came and of the teacher's
+        likeliest; its entropies of shape `(batch, time)`; and the router's auxiliary loss, or `None`.
+        """
+        model = model.get_base_model() if is_peft_model(model) else model
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = backbone(model, input_ids, attention_mask, **options)
+        shape, positions = inputs["completion_ids"].shape, inputs["positions"]
+        hidden = outputs.last_hidden_state[:, -shape[1] - 1 : -1].flatten(0, 1)[positions]
+        token_ids = inputs["completion_ids"][..., None]
+        if self._top_k:
+            token_ids = torch.cat([token_ids, inputs["top_k_ids"]], dim=-1)
+        config = model.config.get_text_config()
+        scaling = HeadScaling.of(config, self.args.temperature)
+        with gathered_head(model) as (weight, bias):
+            logps, entropy = selected_logps(hidden, weight, bias, token_ids.flatten(0, 1)[positions], scaling)
+        logps = logps.new_zeros(shape.numel(), logps.shape[1]).index_copy(0, positions, logps)
+        entropy = entropy.new_zeros(shape.numel()).index_copy(0, positions, entropy)
+        aux_loss = None
+        if self.aux_loss_enabled:
+            experts = getattr(config, "num_experts", None) or config.num_local_experts
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, experts, config.num_experts_per_tok, attention_mask
+            )
+        return logps.view(*shape, -1), entropy.view(shape), aux_loss
+
+    # What a run is made of otherwise
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # GKD's would sample here
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._token_metrics[mode].pop()
+        if metrics and mode == "train":
+            metrics["num_tokens"] = int(self._num_tokens)
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if sampler is not None and self.args.num_generations > 1:
+            shuffle = self.args.train_sampling_strategy != "sequential"
+            dataset = self.train_dataset if train_dataset is None else train_dataset
+            sampler = RepeatSampler(dataset, self.args.num_generations, shuffle=shuffle, seed=self.args.seed)
+        self._train_sampler = sampler
+        return sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        sampler = getattr(self, "_train_sampler", None)
+        if checkpoint is not None and isinstance(sampler, RepeatSampler) and sampler.shuffle:
+            for _ in range(int(self.state.epoch or 0)):  # wound on to where the run stood
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self.teacher.left_out() if isinstance(self.teacher, AdapterTeacher) else nullcontext():
+            super()._save(output_dir, state_dict)
