@@ -1,5 +1,6 @@
 """Samples completions of the student and of the teacher."""
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -51,9 +52,11 @@ class RolloutSampler:
         return [list(completion) for completion in completions]
 
     def from_teacher(self, prompts: list[list[int]]) -> list[list[int]]:
-        """The same of the teacher."""
+        """The same of the teacher, up to a token of its padding, which the student may not have a number for."""
+        size = self.trainer.model.config.get_text_config().vocab_size
         with self.trainer.teacher.scoring() as model:
-            return self._generate(model, prompts)
+            completions = self._generate(model, prompts)
+        return [list(takewhile(lambda token: token < size, completion)) for completion in completions]
 
     def without_end(self, completion: list[int]) -> list[int]:
         """`completion` up to its first end token, without that."""
