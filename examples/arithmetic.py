@@ -53,10 +53,15 @@ class Problem(NamedTuple):
         return str(self.first + self.second)
 
     def worked_solution(self, style: str = "columns", mistakes: Mistakes | None = None) -> str:
-        """The steps and the answer: `columns` as in `7+8=15,5+6+1=12,125`, `places` as in `50+60=110,7+8=15,125`."""
-        if style not in ("columns", "places"):
-            raise ValueError(f"style={style!r} is unknown: set it to 'columns' or 'places'.")
+        """
+        The steps and the answer: `columns` as in `7+8=15,5+6+1=12,125`, `places` as in `50+60=110,7+8=15,125`, `mixed`
+        for one of them at random.
+        """
+        if style not in ("columns", "places", "mixed"):
+            raise ValueError(f"style={style!r} is unknown: set it to 'columns', 'places' or 'mixed'.")
         mistakes = mistakes or Mistakes()
+        if style == "mixed":
+            style = mistakes.generator.choice(("columns", "places"))
         columns = list(zip(str(self.first)[::-1], str(self.second)[::-1], strict=True))
         steps: list[str] = []
         answer = carry = 0
