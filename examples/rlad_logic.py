@@ -58,7 +58,7 @@ PANELS = (
     Panel("reward, mean of the rollouts", {"reward": "reward"}),
     Panel("log pi_student - log pi_teacher, nats a token", {"teacher/log_ratio": "mean"}),
     Panel(
-        "gradient taken by the clip (RLAD: the teacher's veto), by sign of the advantage",
+        "share of tokens clipped (RLAD: vetoed)",
         {
             "teacher/veto_positive": "A > 0",
             "teacher/veto_negative": "A < 0",
