@@ -38,14 +38,15 @@ class PuzzleRecipe(PolicyRecipe):
         puzzles = embedded_puzzles().train
         generator = random.Random(self.seed)
 
+        def by_mistake(rate: float) -> bool:
+            return rate > 0 and generator.random() < rate
+
         def judge(statements: Sequence[Statement], roles: Roles) -> Roles:
             read = [
-                Iff(said.first, said.second)
-                if isinstance(said, IfThen) and generator.random() < self.misread_rate
-                else said
+                Iff(said.first, said.second) if isinstance(said, IfThen) and by_mistake(self.misread_rate) else said
                 for said in statements
             ]
-            return tuple(said.holds(roles) != (generator.random() < self.slip_rate) for said in read)
+            return tuple(said.holds(roles) != by_mistake(self.slip_rate) for said in read)
 
         while True:
             batch = generator.choices(puzzles, k=self.batch_size)
