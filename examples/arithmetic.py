@@ -115,9 +115,9 @@ def right_answer(completions: list[str], answer: list[str], **kwargs: Any) -> li
     return [float(text.rsplit(",", 1)[-1] == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a character. Prompts get no beginning of sequence, like Qwen's."""
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNK, *CHARACTERS])}
+def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """A token for each of `characters`. Prompts get no beginning of sequence, like Qwen's."""
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNK, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()  # without it, decoding would put spaces between the characters

@@ -1,9 +1,10 @@
-"""Small policies for the embedded task (see `arithmetic`), taught on the spot and kept in a cache.
+"""Small policies for the embedded tasks, taught on the spot and kept in a cache.
 
-The default is a Qwen3 of 0.36M parameters with a character-level tokenizer, taught by next-token training on the
-solutions of a pupil who makes slips and forgets carries. So it answers about 4 in 10 problems right when sampled, and
-about half of them greedily, as a forgotten carry is its habit. Other arguments make a teacher: no mistakes, another
-`style` of writing the steps, a larger model. More `digits` need more `num_steps`.
+The default is a Qwen3 of 0.36M parameters with a character-level tokenizer, taught sums (see `arithmetic`) by
+next-token training on the solutions of a pupil who makes slips and forgets carries. So it answers about 4 in 10
+problems right when sampled, and about half of them greedily, as a forgotten carry is its habit. Other arguments make a
+teacher: no mistakes, another `style` of writing the steps, a larger model. More `digits` need more `num_steps`. Other
+tasks have a subclass of `PolicyRecipe`, as `puzzle_policy` has.
 """
 
 from __future__ import annotations
@@ -14,30 +15,59 @@ import os
 import random
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate import PartialState
-from arithmetic import EOS, Mistakes, character_tokenizer, split_problems
+from arithmetic import CHARACTERS, EOS, Mistakes, character_tokenizer, split_problems
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a policy is made. Every field is part of its name in the cache."""
+class PolicyRecipe(ABC):
+    """How a policy is made. Every field, also of a subclass, is part of the policy's name in the cache."""
 
-    digits: int = 2
-    style: str = "columns"  # of writing the steps, see `Problem.worked_solution`
-    slip_rate: float = 0.2  # 0 here and below: no mistakes, a teacher
-    forgotten_carry_rate: float = 0.6
     num_steps: int = 300
     batch_size: int = 128  # worked solutions a step
     learning_rate: float = 2e-3
     hidden_size: int = 96
     num_layers: int = 3
     seed: int = 0
+    start: PolicyRecipe | None = None  # a policy of the same size that is taught further
+
+    task: ClassVar[str]  # one word
+    characters: ClassVar[str]  # of prompts and solutions: the vocabulary
+
+    @abstractmethod
+    def batches(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Prompts and worked solutions, batch after batch without end."""
+
+
+@dataclass(frozen=True)
+class Recipe(PolicyRecipe):
+    """A policy for sums."""
+
+    digits: int = 2
+    style: str = "columns"  # of writing the steps, see `Problem.worked_solution`
+    slip_rate: float = 0.2  # 0 here and below: no mistakes, a teacher
+    forgotten_carry_rate: float = 0.6
+
+    task = "sums"
+    characters = CHARACTERS
+
+    def batches(self) -> Iterator[tuple[list[str], list[str]]]:
+        problems = split_problems(self.digits).train
+        generator = random.Random(self.seed)
+        mistakes = Mistakes(self.slip_rate, self.forgotten_carry_rate, generator)
+        while True:
+            batch = generator.choices(problems, k=self.batch_size)
+            solutions = [problem.worked_solution(self.style, mistakes) for problem in batch]
+            yield [problem.prompt for problem in batch], solutions
 
 
 PUPIL = Recipe()
@@ -46,7 +76,7 @@ TEACHER = Recipe(slip_rate=0.0, forgotten_carry_rate=0.0)
 _VERSION = 2  # part of the names in the cache: raise it when the code below, or the wording of solutions, changes
 
 
-def prepare_policy(recipe: Recipe = PUPIL, cache_dir: str | Path | None = None) -> str:
+def prepare_policy(recipe: PolicyRecipe = PUPIL, cache_dir: str | Path | None = None) -> str:
     """
     Path of the policy made by `recipe` (model and tokenizer, for `from_pretrained`): from the cache, or made now.
 
@@ -57,13 +87,14 @@ def prepare_policy(recipe: Recipe = PUPIL, cache_dir: str | Path | None = None) 
     user_caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     cache = Path(cache_dir or os.environ.get("TRL_EXT_CACHE") or user_caches / "trl_ext").expanduser()
     key = hashlib.sha256(json.dumps([_VERSION, asdict(recipe)]).encode()).hexdigest()[:12]
-    path = cache / f"arithmetic-{key}"
+    path = cache / f"{recipe.task}-{key}"
+    start = prepare_policy(recipe.start, cache) if recipe.start else None
     with PartialState().local_main_process_first():
         if not path.is_dir():
             cache.mkdir(parents=True, exist_ok=True)
             unfinished = tempfile.mkdtemp(prefix=f".{path.name}-", dir=cache)
             try:
-                model, tokenizer = _teach(recipe)
+                model, tokenizer = _teach(recipe, start)
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
                 Path(unfinished, "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
@@ -82,12 +113,9 @@ def _move(unfinished: Path, path: Path) -> None:
             raise
 
 
-def _teach(recipe: Recipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """AdamW on fresh solutions of the training problems, with a linear decay to 0."""
-    problems = split_problems(recipe.digits).train
-    tokenizer = character_tokenizer()
-    generator = random.Random(recipe.seed)
-    mistakes = Mistakes(recipe.slip_rate, recipe.forgotten_carry_rate, generator)
+def _teach(recipe: PolicyRecipe, start: str | None) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """AdamW on the recipe's solutions, with a linear decay to 0."""
+    tokenizer = character_tokenizer(recipe.characters)
     with torch.random.fork_rng():  # the caller's random state must not depend on whether the cache was warm
         torch.manual_seed(recipe.seed)
         config = Qwen3Config(
@@ -104,14 +132,13 @@ def _teach(recipe: Recipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        model = Qwen3ForCausalLM(config).to(PartialState().device)
+        model = Qwen3ForCausalLM.from_pretrained(start) if start else Qwen3ForCausalLM(config)
+        model.train().to(PartialState().device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
         schedule = get_linear_schedule_with_warmup(optimizer, recipe.num_steps // 10, recipe.num_steps)
-        progress = tqdm(range(recipe.num_steps), desc="Teaching a policy sums (only the first time)")
-        for _ in progress:
-            batch = generator.choices(problems, k=recipe.batch_size)
-            solutions = [problem.worked_solution(recipe.style, mistakes) for problem in batch]
-            loss = _next_token_loss(model, tokenizer, [problem.prompt for problem in batch], solutions)
+        progress = tqdm(range(recipe.num_steps), desc=f"Teaching a policy {recipe.task} (only the first time)")
+        for _, (prompts, solutions) in zip(progress, recipe.batches(), strict=False):
+            loss = _next_token_loss(model, tokenizer, prompts, solutions)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
@@ -180,6 +180,10 @@ def _letter(person: int, knight: bool) -> str:
     return LETTERS[person] if knight else LETTERS[person].lower()
 
 
+def _letters(roles: Roles) -> str:
+    return "".join(_letter(person, role) for person, role in enumerate(roles))
+
+
 def guesses(num_people: int) -> Iterable[Roles]:
     """All 2^n assignments, from all knights to all knaves."""
     return product((True, False), repeat=num_people)
@@ -236,19 +240,22 @@ class Puzzle:
     @property
     def compact_answer(self) -> str:
         """As `aB`: A is a knave, B is a knight."""
-        return "".join(_letter(person, role) for person, role in enumerate(self.roles))
+        return _letters(self.roles)
 
-    def compact_solution(self) -> str:
-        """The worked solution, as `AB>ab,Ab>AB,aB>aB,aB`: guesses up to the right one, then the answer."""
+    def compact_solution(self, judge: Callable[[Sequence[Statement], Roles], Roles] = spoken_roles) -> str:
+        """
+        The worked solution, as `AB>ab,Ab>AB,aB>aB,aB`: guesses up to the right one, then the answer.
+
+        With another `judge` than `spoken_roles`, that of somebody who makes mistakes: up to the first guess that seems
+        right, or the last.
+        """
         steps = []
         for roles in guesses(len(self.roles)):
-            spoken = spoken_roles(self.statements, roles)
-            steps.append(
-                ">".join("".join(_letter(i, role) for i, role in enumerate(side)) for side in (roles, spoken))
-            )
+            spoken = judge(self.statements, roles)
+            steps.append(f"{_letters(roles)}>{_letters(spoken)}")
             if spoken == roles:
                 break
-        return ",".join([*steps, self.compact_answer])
+        return ",".join([*steps, _letters(roles)])
 
     def pattern(self) -> tuple[str, ...]:
         """

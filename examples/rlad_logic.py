@@ -1,12 +1,12 @@
 """
-RLAD beside GRPO and KDRL from the same start: Knights-and-Knaves puzzles with a real student and teacher.
+RLAD beside GRPO and KDRL from the same start, on Knights-and-Knaves puzzles.
 
-Without arguments: sums with written-out steps, a tiny student that often forgets a carry, and a teacher of the same
-size that does not; made on the spot. No network, no GPU, a few minutes.
+Without arguments: puzzles of two people in a form for tiny models, a teacher that solves nearly all of them, and a
+student of the same size that solves fewer than half; both made on the spot. No network, no GPU, a few minutes.
 
     accelerate launch examples/rlad_logic.py
 
-A student and a teacher of your own, on generated Knights-and-Knaves puzzles (one method at a time, with `--method`):
+A student and a teacher of your own, on puzzles in English of two to eight people:
 
     accelerate launch examples/rlad_logic.py \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B \
@@ -19,16 +19,16 @@ Every setting of RLADConfig is a flag, and all of them can stand in a file: `--c
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
-from arithmetic_policy import TEACHER, prepare_policy
+from arithmetic_policy import prepare_policy
 from datasets import Dataset
-from knights_and_knaves import as_dataset as as_puzzles
-from knights_and_knaves import right_roles, split_puzzles
+from knights_and_knaves import as_dataset, right_compact_roles, right_roles, split_puzzles
+from puzzle_policy import MAX_TOKENS, STUDENT, TEACHER, embedded_puzzles
 from report import Panel, Run, draw_curves, results_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -42,11 +42,12 @@ EMBEDDED_DEFAULTS = {
     "learning_rate": 5e-5,
     "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 400,
     "num_generations": 8,
     "steps_per_generation": 2,
     "num_iterations": 2,
     "max_steps": 120,
-    "max_completion_length": 2 * TOKENS_PER_DIGIT,
+    "max_completion_length": MAX_TOKENS,
     "scale_rewards": "none",
     "kdrl_coef": 2e-2,
     "logging_steps": 4,
@@ -57,7 +58,7 @@ PANELS = (
     Panel("reward, mean of the rollouts", {"reward": "reward"}),
     Panel("log pi_student - log pi_teacher, nats a token", {"teacher/log_ratio": "mean"}),
     Panel(
-        "gradient taken by the clip (RLAD: the teacher's veto), by sign of the advantage",
+        "share of tokens clipped (RLAD: vetoed)",
         {
             "teacher/veto_positive": "A > 0",
             "teacher/veto_negative": "A < 0",
@@ -79,10 +80,11 @@ class RLADScriptArguments:
         },
     )
     num_people: list[int] = field(
-        default_factory=lambda: [3, 4, 5, 6, 7], metadata={"help": "Sizes of the puzzles, 2 to 8 people each."}
+        default_factory=lambda: [3, 4, 5, 6, 7],
+        metadata={"help": "Sizes of the puzzles, 2 to 8 people each. The embedded ones have 2."},
     )
-    num_train: int = field(default=5000, metadata={"help": "Puzzles to train on."})
-    num_held_out: int = field(default=400, metadata={"help": "Problems that are evaluated, and not trained on."})
+    num_train: int = field(default=5000, metadata={"help": "Puzzles to train your own models on."})
+    num_held_out: int = field(default=400, metadata={"help": "Puzzles that are evaluated, and not trained on."})
 
 
 def train(
@@ -92,7 +94,7 @@ def train(
     paths: tuple[str, str | None],
     tokenizer: PreTrainedTokenizerBase,
     data: tuple[Dataset, Dataset],
-    problems: list[Any],
+    reward: Callable[..., list[float]],
 ) -> Run:
     """One method from the start: everything but the method is the same."""
     args = copy.deepcopy(training_args)
@@ -100,32 +102,23 @@ def train(
     args.output_dir = str(Path(training_args.output_dir) / method)
     student, teacher = paths
     train_dataset, held_out = data
-    embedded = bool(problems)
     with_teacher: dict[str, Any] = {} if method == "grpo" else {"teacher_model": teacher}
     trainer = (GRPOTrainer if method == "grpo" else RLADTrainer)(
         model=student,
-        reward_funcs=right_answer if embedded else right_roles,
+        reward_funcs=reward,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(
-            student, revision=model_args.model_revision, padding_side="left"
-        ),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         **with_teacher,
     )
-    before = held_out_accuracy(trainer, problems) if embedded else {}
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - start
-    if embedded:
-        after = held_out_accuracy(trainer, problems)
-        measures = {name: (before[name], after[name]) for name in before}
-    else:
-        trainer.evaluate()
-        rewards = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
-        measures = {"puzzles solved": (rewards[0], rewards[-1])}
+    trainer.evaluate()
+    rewards = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -135,6 +128,7 @@ def train(
         settings |= {"alpha": args.teacher_mixture_alpha, "clip": args.teacher_log_ratio_clip}
     elif method == "kdrl":
         settings |= {"coef": args.kdrl_coef, "estimator": args.kdrl_estimator}
+    measures = {"puzzles solved": (rewards[0], rewards[-1])}
     return Run(method.upper(), trainer.state.log_history, measures, trainer.state.global_step, seconds, settings)
 
 
@@ -146,11 +140,11 @@ def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args
     if embedded:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # the matrices are too small to be worth sharing
-        paths: tuple[str, str | None] = prepare_policy(), prepare_policy(TEACHER)
+        paths: tuple[str, str | None] = prepare_policy(STUDENT), prepare_policy(TEACHER)
         tokenizer = AutoTokenizer.from_pretrained(paths[0], padding_side="left")
-        splits = split_problems()
-        problems = splits.held_out[: script_args.num_held_out]
-        data = as_dataset(splits.train), as_dataset(problems)
+        puzzles = embedded_puzzles()
+        held_out = as_dataset(puzzles.held_out[: script_args.num_held_out], compact=True)
+        data, reward = (as_dataset(puzzles.train, compact=True), held_out), right_compact_roles
     else:
         paths = model_args.model_name_or_path, None  # the teacher is among the training arguments
         tokenizer = AutoTokenizer.from_pretrained(
@@ -161,17 +155,17 @@ def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args
             padding_side="left",
         )
         puzzles = split_puzzles(script_args.num_train, script_args.num_held_out, script_args.num_people)
-        problems = []
-        data = as_puzzles(puzzles.train, tokenizer), as_puzzles(puzzles.held_out, tokenizer)
-        training_args.eval_on_start = True
-        training_args.num_generations_eval = training_args.num_generations_eval or 1
+        data, reward = (as_dataset(puzzles.train, tokenizer), as_dataset(puzzles.held_out, tokenizer)), right_roles
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
-    runs = [train(method, training_args, model_args, paths, tokenizer, data, problems) for method in methods]
+    # TRL evaluates where its training loop has prepared the model for DeepSpeed or FSDP; one completion a puzzle
+    training_args.eval_on_start = True
+    training_args.num_generations_eval = training_args.num_generations_eval or 1
+    runs = [train(method, training_args, model_args, paths, tokenizer, data, reward) for method in methods]
     if training_args.process_index == 0:
         print(results_table(runs))
         print(draw_curves(runs, Path(training_args.output_dir) / "curves.png", PANELS))

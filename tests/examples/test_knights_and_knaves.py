@@ -178,6 +178,15 @@ def test_compact_form():
         assert right_compact_roles([puzzle.compact_solution()], [puzzle.compact_answer]) == [1.0]
 
 
+def test_compact_form_of_somebody_who_makes_mistakes():
+    # who takes everybody for a knave is content with the guess of two knaves
+    assert ZOEY.compact_solution(lambda statements, roles: (False, False)) == "AB>ab,Ab>ab,aB>ab,ab>ab,ab"
+    # and who is never content gives the last guess
+    contrary = ZOEY.compact_solution(lambda statements, roles: (not roles[0], roles[1]))
+    assert contrary == "AB>aB,Ab>ab,aB>AB,ab>Ab,ab"
+    assert right_compact_roles([contrary], [ZOEY.compact_answer]) == [0.0]
+
+
 def test_generator_repeats_itself():
     # written down, so that it shows where another version of Python or of the generator makes other puzzles
     puzzles = generate_puzzles(3, num_people=(2, 3, 4), seed=0)
