@@ -166,7 +166,7 @@ def step_measurement(name: str, flags: argparse.Namespace, student: Any) -> tupl
         }
         if name == "gkd":
             args = GKDConfig(output_dir=output_dir, **settings)
-            trainer = GivenGKD(student, teacher, args, rollouts=rollouts, **shared)
+            trainer: Any = GivenGKD(student, teacher, args, rollouts=rollouts, **shared)
         else:
             args = TrOPDConfig(output_dir=output_dir, **settings)
             trainer = TrOPDTrainer(student, teacher, args, **shared)

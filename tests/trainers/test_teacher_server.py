@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny
 import torch
+import tropd_runs
 from transformers import AutoModelForCausalLM
 
-from trl_ext import RLADConfig, RLADTrainer
+from trl_ext import RLADConfig, RLADTrainer, TrOPDConfig, TrOPDTrainer
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -200,3 +201,47 @@ def test_the_served_models_tokenizer_is_checked_where_it_is_named(path, tmp_path
     with pytest.raises(ValueError, match="'zz' for the student and unknown to the teacher"):
         make_trainer(str(student), tmp_path, server, teacher_model_name_or_path=path)
     make_trainer(path, tmp_path, server, teacher_model_name_or_path=path)
+
+
+def tropd_trainer(tmp_path, server, **overrides):
+    settings = tropd_runs.settings(tmp_path, teacher_model_server_url=f"http://127.0.0.1:{server.server_port}")
+    args = TrOPDConfig(**{**settings, "outlier_top_k": 5, **overrides})
+    return TrOPDTrainer(tiny.policy(), None, args, train_dataset=tropd_runs.sums(), processing_class=tiny.tokenizer())
+
+
+def test_tropd_learns_from_a_server(tmp_path, server):
+    trainer = tropd_trainer(tmp_path, server)
+    tropd_runs.hash_rollouts(trainer)
+    (batch,) = tropd_runs.micro_batches(trainer, 8, 8)
+    mask = batch["completion_mask"].bool()
+    expected = expected_logps(server, batch)
+    tokens = expected.gather(2, batch["completion_ids"][..., None]).squeeze(2)
+    torch.testing.assert_close(batch["teacher_logps"][mask], tokens[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch["top_k_logps"][mask], expected.topk(5).values[mask], rtol=1e-4, atol=1e-4)
+    server.requests.clear()
+    trainer.train()
+    assert len(server.requests) == 8  # one a micro-batch
+    assert "teacher/entropy" not in trainer.state.log_history[0]  # a server does not tell it
+    assert trainer.state.log_history[0]["outliers/share"] > 0
+
+
+def test_tropd_leaves_out_what_the_server_could_not_score(tmp_path, server):
+    server.behaviour = "unscored"
+    trainer = tropd_trainer(tmp_path, server)
+    loss, gradients = tropd_runs.gradient(trainer, tropd_runs.micro_batches(trainer))
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ({"guidance": "teacher"}, "guidance='dataset'"),
+        ({"objective": "eopd"}, "choose another objective"),
+        ({"lmbda": 0.5, "seq_kd": True}, "lmbda=1.0"),
+        ({"temperature": 0.9}, "set it to 1.0"),
+    ],
+)
+def test_what_tropd_cannot_ask_of_a_server(tmp_path, server, overrides, mend):
+    with pytest.raises(ValueError, match=mend):
+        tropd_trainer(tmp_path, server, **overrides)

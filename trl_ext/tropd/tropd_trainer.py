@@ -175,6 +175,7 @@ class TrOPDTrainer(GKDTrainer):
             disable_dropout_in_model(self.model)
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.teacher.prepare(self)
+        self.teacher_model = getattr(self.teacher, "model", None)  # as GKD names it; a server is none
         self.sampler = RolloutSampler(self)
         self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
         self._foreign_ends = self.teacher.foreign_ends(self.sampler.eos_token_ids)
