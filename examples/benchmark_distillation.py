@@ -115,7 +115,7 @@ def loss_measurements(flags: argparse.Namespace) -> dict[str, tuple[float, float
 
 def given_rollouts(batch: int, length: int, vocabulary: int) -> Callable[..., list[list[int]]]:
     generator = torch.Generator().manual_seed(0)
-    return lambda prompts: torch.randint(2, vocabulary, (len(prompts), length), generator=generator).tolist()
+    return lambda prompts, most=0: torch.randint(2, vocabulary, (len(prompts), length), generator=generator).tolist()
 
 
 class GivenGKD(GKDTrainer):

@@ -85,7 +85,7 @@ def next_tokens(
         logits_to_keep (`int`):
             Number of tokens at the end of the sequences.
         k (`int`):
-            Number of the likeliest tokens to return.
+            Number of the likeliest tokens to return, if there are as many.
         temperature (`float`, defaults to `1.0`):
             What the logits are divided by.
         vocab_size (`int`, *optional*):
@@ -96,13 +96,15 @@ def next_tokens(
     targets = input_ids[:, -logits_to_keep:]
     valid = attention_mask[:, -logits_to_keep:].flatten().nonzero().squeeze(1)
     shape = targets.shape
+    compute_dtype = _compute_dtype(hidden)  # before autocast is switched off
     with gathered_head(model) as (weight, bias), torch.autocast(hidden.device.type, enabled=False):
         hidden, targets = hidden.flatten(0, 1)[valid], targets.flatten()[valid]
         dtype = _stats_dtype(hidden)
+        k = min(k, len(weight) if vocab_size is None else vocab_size, len(weight))
         logps, entropy = hidden.new_zeros(2, shape.numel(), dtype=dtype)
         top_k_logps = hidden.new_zeros(shape.numel(), k, dtype=dtype)
         top_k_ids = targets.new_zeros(shape.numel(), k)
-        for rows, logits in _logits(hidden, weight, bias, scaling, _compute_dtype(hidden)):
+        for rows, logits in _logits(hidden, weight, bias, scaling, compute_dtype):
             places = valid[rows]
             log_z = logits.logsumexp(-1, keepdim=True)
             logps[places] = (logits.gather(1, targets[rows, None]) - log_z).squeeze(1)

@@ -14,11 +14,16 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import is_peft_available
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from trl_ext.next_token import NextTokens, next_tokens
+
+
+if is_peft_available():
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 logger = get_logger(__name__)
@@ -109,7 +114,10 @@ class ModelTeacher(Teacher):
     """
 
     def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None) -> None:
-        self.init_kwargs = {"dtype": "auto", "trust_remote_code": False, **(init_kwargs or {})}
+        init_kwargs = dict(init_kwargs or {})
+        if "torch_dtype" in init_kwargs:  # its former name
+            init_kwargs["dtype"] = init_kwargs.pop("torch_dtype")
+        self.init_kwargs = {"dtype": "auto", "trust_remote_code": False, **init_kwargs}
         self.source = model
         self.name = model if isinstance(model, str) else get_config_model_id(model.config) or "the teacher model"
         self.model: Any = None  # prepared
@@ -139,6 +147,13 @@ class ModelTeacher(Teacher):
             if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 self.init_kwargs["device_map"] = None  # as TRL does for its reference model
             model = create_model_from_path(model, **self.init_kwargs)
+        if is_peft_model(model) and (
+            model.active_peft_config.is_prompt_learning or isinstance(model.get_output_embeddings(), BaseTunerLayer)
+        ):
+            raise ValueError(
+                f"The teacher {self.name} has an adapter on its LM head or a learned prompt, which scoring would pass "
+                "over: merge it with model.merge_and_unload(), or serve it with vLLM."
+            )
         student_size = len(text_tokenizer(trainer.processing_class))
         teacher_size = model.config.get_text_config().vocab_size
         if teacher_size < student_size:
@@ -295,6 +310,9 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
             f"{trainer} needs a teacher: pass teacher_model=..., or set teacher_model_name_or_path or "
             "teacher_model_server_url."
         )
+    named = args.teacher_model_name_or_path
+    if named is not None and teacher != named and not (isinstance(teacher, str) and teacher.startswith("http")):
+        logger.warning(f"teacher_model_name_or_path={named!r} has no effect beside teacher_model: leave one out.")
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
     if args.teacher_model_revision is not None:
         init_kwargs["revision"] = args.teacher_model_revision

@@ -92,7 +92,11 @@ class ServerTeacher(Teacher):
             return torch.stack([self._padded(batch, rows, fill) for rows in ranks], dim=-1)
 
         logps = self._padded(batch, [[values[0] for values in row] for row in answer["actual_logprobs"]], math.nan)
-        return NextTokens(logps, ranked("logprobs", -math.inf), ranked("logprob_token_ids", 0).long(), None)
+        top_k_logps, top_k_ids = ranked("logprobs", -math.inf), ranked("logprob_token_ids", 0).long()
+        if vocab_size is not None:  # a token of the teacher's padding has no column of the student's
+            unknown = top_k_ids >= vocab_size
+            top_k_logps, top_k_ids = top_k_logps.masked_fill(unknown, -math.inf), top_k_ids.masked_fill(unknown, 0)
+        return NextTokens(logps, top_k_logps, top_k_ids, None)
 
     def _ask(self, batch: dict[str, Any], k: int) -> dict[str, list]:
         """The server's answer, of the right shape and made of log-probabilities, or an error that names the URL."""
@@ -114,7 +118,8 @@ class ServerTeacher(Teacher):
         except Exception as error:  # TRL raises a bare Exception for an HTTP status, and what parsing meets otherwise
             raise ConnectionError(
                 f"The teacher server {self.url} failed, with up to {RETRIES} retries of {self.timeout:g} s "
-                f"({type(error).__name__}: {error}): see its log, or restart it and resume from the last checkpoint."
+                f"({type(error).__name__}: {error}): see its log (vLLM gives {k} log-probabilities a token only with "
+                f"--max-logprobs {k}), or restart it and resume from the last checkpoint."
             ) from error
         for row, i in enumerate(asked):
             values = [value for position in answer["actual_logprobs"][row] for value in position]

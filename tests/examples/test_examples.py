@@ -191,3 +191,38 @@ def test_benchmark_step(tmp_path, cache, trainer):
     assert f"{trainer}, s" in out
     assert "| old |" in out
     assert "| sampler |" in out
+
+
+# ---- tropd_math.py
+
+
+def test_tropd_math_embedded(tmp_path, cache):
+    flags = ["--method", "tropd", "gkd", "--max_steps", 4, "--num_held_out", 16, "--logging_steps", 2]
+    out = run("tropd_math.py", tmp_path, cache, *flags, "--per_device_train_batch_size", 8)
+    for method in ("tropd", "gkd"):
+        assert f"| {method:<5} | KL to the teacher, nats a token |" in out
+        assert (tmp_path / "tropd_math_output" / method / "model.safetensors").exists()
+    assert (tmp_path / "tropd_math_output" / "curves.png").stat().st_size > 10_000
+
+
+def test_tropd_math_with_models_and_problems_of_ones_own(tmp_path, cache):
+    problems = write_problems(tmp_path / "problems.jsonl")
+    student, teacher = tiny.save_policy(tmp_path / "student"), tiny.save_policy(tmp_path / "teacher", seed=1)
+    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--dataset_name", problems]
+    flags += ["--max_steps", 2, "--max_new_tokens", 8, "--num_held_out", 4, "--output_dir", "out", "--bf16", "False"]
+    flags += ["--logging_steps", 1, "--report_to", "none", "--use_peft", "--lora_r", 2, "--objective", "opd"]
+    out = run("tropd_math.py", tmp_path, cache, *flags)
+    assert "| opd | eval_teacher/kl |" in out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_tropd_math_wants_both_a_model_and_a_dataset(tmp_path, cache):
+    with pytest.raises(AssertionError, match="go together"):
+        run("tropd_math.py", tmp_path, cache, "--dataset_name", "some")
+
+
+def test_benchmark_distillation(tmp_path, cache):
+    flags = ["--turns", 1, "--steps", 1, "--loss_tokens", 64, "--loss_vocabulary", 500, "--loss_width", 16]
+    flags += ["--hidden_size", 128, "--layers", 1, "--vocabulary", 500, "--batch_size", 2, "--length", 8]
+    out = run("benchmark_distillation.py", tmp_path, cache, *flags)
+    assert out.count("| loss |") == out.count("| step |") == 1

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
+from tokenizers.processors import TemplateProcessing
 from trl.experimental.utils import DataCollatorForChatML
 from tropd_runs import gradient, hash_rollouts, hashed_completion, make_trainer, micro_batches, sums
 
@@ -46,7 +47,7 @@ def test_conversations():
     assert pairs([{"messages": longer}]) == [(ids("u(1+2)a(3)u(4)a("), ids("5)"))]
 
 
-@pytest.mark.parametrize("max_length", [None, 40, 9])
+@pytest.mark.parametrize("max_length", [None, 40])
 def test_messages_are_read_as_gkds_collator_reads_them(max_length):
     rows = [{"messages": [message("user", f"{i}+{i}"), message("assistant", str(2 * i))]} for i in (1, 20, 333)]
     ours = PromptCollator(tiny.tokenizer(), max_length)(rows)
@@ -55,13 +56,27 @@ def test_messages_are_read_as_gkds_collator_reads_them(max_length):
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_max_length_cuts_the_beginning_of_the_prompt():
+def test_max_length_never_costs_a_prompt_its_tokens_for_a_completion():
     row = {"prompt": "123456", "completion": "78"}
     assert pairs([row], max_length=9) == [(ids("123456"), [*ids("78"), 1])]
-    assert pairs([row], max_length=7) == [(ids("3456"), [*ids("78"), 1])]
-    assert pairs([row], max_length=3) == [(ids("6"), ids("78"))]  # the completion's end goes before the last of it
+    assert pairs([row], max_length=7) == [(ids("123456"), ids("7"))]
+    assert pairs([row], max_length=4) == [(ids("3456"), [])]
     assert pairs([row], max_length=7, completions=False) == [(ids("123456"), [])]
-    assert pairs([row], max_length=4, completions=False) == [(ids("3456"), [])]
+
+
+def test_a_tokens_beginning_and_what_a_template_writes_after_the_end():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "b"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="b $A", special_tokens=[("b", tokenizer.bos_token_id)]
+    )
+    collator = PromptCollator(tokenizer)
+    assert unpad(collator([{"prompt": "12", "completion": "3"}])) == [([*ids("b"), *ids("12")], [*ids("3"), 1])]
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("+ ')' }}", "+ eos_token + '\\n' }}")
+    conversation = {"messages": [message("user", "12"), message("assistant", "3")]}
+    ((prompt, completion),) = unpad(collator([conversation]))
+    assert completion == [*ids("3"), 1]  # no line's end after it
+    assert prompt[0] != tokenizer.bos_token_id  # a template writes its own
 
 
 def test_a_template_that_renders_prompts_otherwise_is_announced():
@@ -73,7 +88,15 @@ def test_a_template_that_renders_prompts_otherwise_is_announced():
 
 
 @pytest.mark.parametrize(
-    ("row", "message"), [({"question": "1"}, "rename_column"), ({"prompt": ""}, "remove empty prompts")]
+    ("row", "message"),
+    [
+        ({"question": "1"}, "rename_column"),
+        ({"prompt": ""}, "remove such rows"),
+        ({"prompt": []}, "remove such rows"),
+        ({"messages": []}, "remove such rows"),
+        ({"prompt": "1", "completion": [message("assistant", "2")]}, "both as text or both as messages"),
+        ({"prompt": [message("user", "1")], "completion": "2"}, "both as text or both as messages"),
+    ],
 )
 def test_rows_that_cannot_be_read(row, message):
     with pytest.raises(ValueError, match=message):
@@ -94,7 +117,7 @@ def test_training_on_every_kind_of_data(tmp_path, form):
     trainer = make_trainer(tmp_path, dataset=data, guidance=guidance, num_generations=2)
     seen = []
     sample = trainer.sampler.from_student
-    trainer.sampler.from_student = lambda prompts: seen.extend(prompts) or sample(prompts)
+    trainer.sampler.from_student = lambda prompts, length: seen.extend(prompts) or sample(prompts, length)
     trainer.train()
     assert len(seen) == 32
     assert all(tiny.tokenizer().decode(prompt).startswith("u(") for prompt in seen)
@@ -176,6 +199,38 @@ def test_guidance_ends_with_the_run_and_is_logged(tmp_path):
     assert logs[0]["guidance/share"] > logs[3]["guidance/share"] > 0
 
 
+def test_only_the_guided_share_is_guided_by_its_schedule(tmp_path):
+    settings = {"guidance": "dataset", "guidance_prefix": "longest", "guidance_max_length": 2}
+    nobody = make_trainer(tmp_path, **settings, guidance_share=0.0)
+    assert micro_batches(nobody, 8, 8)[0]["guided_mask"].sum() == 0
+    trainer = make_trainer(tmp_path, **settings, guidance_schedule="linear")
+    hash_rollouts(trainer)
+    lengths = []
+    for step in (0, 2, 4):  # 2 (1 - s / 4)
+        trainer.state.global_step = step
+        lengths.append(micro_batches(trainer, 8, 8)[0]["guided_mask"].sum(1).max().item())
+    assert lengths == [2, 1, 0]
+
+
+def test_guided_tokens_have_no_other_loss_and_are_in_no_other_metric(tmp_path):
+    trainer = make_trainer(
+        tmp_path, guidance="dataset", guidance_prefix="longest", guidance_coef=0.0, objective="opd",
+        guidance_schedule="constant",
+    )  # fmt: skip
+    hash_rollouts(trainer)
+    (batch,) = micro_batches(trainer, 8, 8)
+    trainer._token_metrics["train"].pop()
+    loss, _ = gradient(trainer, [batch])
+    logps, entropy, _ = trainer._score(trainer.model, batch)
+    own = batch["completion_mask"].bool() & ~batch["guided_mask"].bool()
+    assert 0 < own.sum() < batch["completion_mask"].sum()
+    difference = (logps[..., 0] - batch["teacher_logps"])[own].detach()
+    torch.testing.assert_close(loss, difference.sum() / batch["completion_mask"].sum())
+    metrics = trainer._token_metrics["train"].pop()
+    assert metrics["entropy"] == pytest.approx(entropy[own].mean().item(), rel=1e-4)
+    assert metrics["teacher/kl"] == pytest.approx(difference.mean().item(), rel=1e-4)
+
+
 def test_a_rollout_is_never_longer_than_it_may_be(tmp_path):
     long = Dataset.from_dict({"prompt": ["1+"] * 8, "completion": ["12345678901234567890"] * 8})
     trainer = make_trainer(tmp_path, dataset=long, guidance="dataset", guidance_prefix="longest")
@@ -188,9 +243,10 @@ def test_a_rollout_is_never_longer_than_it_may_be(tmp_path):
 
 
 def test_empty_completions(tmp_path):
-    data = Dataset.from_dict({"prompt": ["1+1="] * 8, "completion": [""] * 8})
-    trainer = make_trainer(tmp_path, dataset=data, lmbda=0.0, guidance="dataset")
-    (batch,) = micro_batches(trainer, 8, 8)
+    data = Dataset.from_dict({"prompt": ["1+1="] * 8, "completion": ["2"] + [""] * 7})
+    trainer = make_trainer(tmp_path, dataset=data, lmbda=0.0, guidance="dataset", per_device_train_batch_size=1)
+    trainer.train_dataset = data.select(range(1, 8))
+    (batch,) = micro_batches(trainer, 7, 7)
     assert batch["completion_mask"].sum() == 0
     loss, gradients = gradient(trainer, [batch])
     assert loss == 0
@@ -212,6 +268,14 @@ def test_without_a_padding_token(tmp_path):
     trainer = make_trainer(tmp_path, processing_class=tokenizer)
     trainer.train()
     assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_no_padding_and_no_end_token(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="set pad_token"):
+        make_trainer(tmp_path, processing_class=tokenizer)
+    assert make_trainer(tmp_path, pad_token="<unk>")._tokenizer.pad_token == "<unk>"
 
 
 def test_a_short_last_step(tmp_path):

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -21,7 +22,7 @@ from tropd_runs import (
 )
 
 from trl_ext import TrOPDConfig, TrOPDTrainer, next_token
-from trl_ext.losses import forward_kl_top_k, tropd_loss
+from trl_ext.losses import eopd_loss, forward_kl_top_k, reopold_loss, tropd_loss
 from trl_ext.tropd.prompts import PromptCollator
 
 
@@ -195,7 +196,12 @@ def test_full_runs_with_one_micro_batch_or_four(tmp_path):
     finals = []
     for size, steps in ((8, 1), (2, 4)):
         trainer = make_trainer(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd", max_steps=3
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            max_steps=3,
+            max_grad_norm=1e9,  # clipping would hide a factor
         )
         hash_rollouts(trainer)
         trainer.train()
@@ -302,7 +308,7 @@ def test_several_generations_of_a_prompt_stand_together(tmp_path):
     trainer = make_trainer(tmp_path, num_generations=4)
     seen = []
     sample = trainer.sampler.from_student
-    trainer.sampler.from_student = lambda prompts: seen.append(prompts) or sample(prompts)
+    trainer.sampler.from_student = lambda prompts, length: seen.append(prompts) or sample(prompts, length)
     trainer.train()
     for prompts in seen:
         assert prompts[:4] == [prompts[0]] * 4
@@ -322,12 +328,182 @@ def test_no_tensor_of_logits(tmp_path, monkeypatch):
         max_new_tokens=24,
         per_device_train_batch_size=8,
     )
-    trainer.sampler.from_student = lambda prompts: [[5 + i % 40 for i in range(24)] for _ in prompts]
+    trainer.sampler.from_student = lambda prompts, length: [[5 + i % 40 for i in range(24)] for _ in prompts]
     largest = tiny.LargestTensor()
     with largest:
         gradient(trainer, micro_batches(trainer, 8, 8))
     assert largest.elements == 32 * vocabulary  # the embedding and its gradient
     assert largest.elements < 8 * 24 * vocabulary / 4
+
+
+# What is sampled
+
+
+def frequencies(completions, size):
+    counts = torch.bincount(torch.tensor([completion[0] for completion in completions]), minlength=size)
+    return counts / counts.sum()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_samples_are_of_the_distribution_that_is_scored(tmp_path, who):
+    """Against softmax(z / T), whatever the checkpoint's own generation settings are."""
+    models = {"student": tiny.policy(), "teacher": tiny.policy(seed=1)}
+    for model in models.values():
+        model.generation_config.repetition_penalty = 1e6
+        model.generation_config.min_p = 0.5
+    trainer = make_trainer(tmp_path, *models.values(), temperature=0.5)
+    prompt = tiny.tokenizer()("11+11=")["input_ids"]
+    sample = trainer.sampler.from_student if who == "student" else trainer.sampler.from_teacher
+    torch.manual_seed(0)
+    drawn = frequencies([c for _ in range(4) for c in sample([prompt] * 1000, 1)], 50)
+    with torch.no_grad():
+        expected = (models[who](input_ids=torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1)
+    assert (drawn - expected).abs().sum() < 0.12  # 4000 draws over 50 tokens differ by about 0.08
+    assert ((drawn - 1 / 50).abs().sum()) > 0.3
+    assert models[who].generation_config.repetition_penalty == 1e6  # it is the user's again
+
+
+def biased_to(token, seed=0, **settings):
+    """A model that hardly says anything but one token."""
+    model = tiny.policy(seed, **settings)
+    model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.nn.init.zeros_(model.lm_head.bias)
+    model.lm_head.bias.data[token] = 50.0
+    return model
+
+
+def test_a_completion_keeps_its_end_token(tmp_path):
+    trainer = make_trainer(tmp_path, biased_to(1))
+    assert trainer.sampler.from_student([[5, 6]] * 3, 10) == [[1]] * 3
+
+
+def test_the_teachers_text_ends_where_the_teacher_ends_it(tmp_path):
+    teacher = biased_to(7)
+    trainer = make_trainer(tmp_path, teacher=teacher)
+    assert trainer.sampler.from_teacher([[5, 6]], 4) == [[7] * 4]
+    trainer.teacher.eos_token_ids = {7}
+    trainer.sampler = type(trainer.sampler)(trainer)
+    assert trainer.sampler.from_teacher([[5, 6]], 4) == [[7]]
+    assert trainer.sampler.without_end([3, 7, 4]) == [3]
+    assert len(trainer.sampler.from_student([[5, 6]] * 8, 4)) == 8
+
+
+def test_the_teachers_text_ends_before_a_token_of_its_padding(tmp_path):
+    size = tiny.policy().config.vocab_size
+    trainer = make_trainer(tmp_path, teacher=biased_to(size + 2, vocab_size=size + 9))
+    assert trainer.sampler.from_teacher([[5, 6]], 4) == [[]]
+
+
+def test_processes_and_steps_sample_differently_and_the_same_again(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": ["1+1="] * 8}))
+
+    def rollouts(process=0, step=0):
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", process)
+        trainer.state.global_step = step
+        (batch,) = micro_batches(trainer, 8, 8)
+        return batch
+
+    state = torch.get_rng_state()
+    first, again, other, later = rollouts(), rollouts(), rollouts(process=1), rollouts(step=1)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing else is disturbed
+    assert torch.equal(first["completion_ids"], again["completion_ids"])
+    assert torch.equal(first["draws"], again["draws"])
+    for different in (other, later):
+        assert different["completion_ids"].tolist() != first["completion_ids"].tolist()
+        assert different["draws"].tolist() != first["draws"].tolist()
+    rows = first["draws"][0][first["completion_mask"][0].bool()]
+    assert len(set(rows.tolist())) == len(rows)  # each token has its own
+
+
+def test_neither_dropout_nor_its_absence_in_what_is_sampled_and_scored(tmp_path):
+    student, teacher = tiny.policy(attention_dropout=0.5), tiny.policy(seed=1, attention_dropout=0.5)
+    trainer = make_trainer(tmp_path, student, teacher.train(), disable_dropout=False)
+    assert not trainer.teacher.model.training
+    (first,), (again,) = micro_batches(trainer, 8, 8), micro_batches(trainer, 8, 8)
+    assert torch.equal(first["completion_ids"], again["completion_ids"])
+    assert torch.equal(first["teacher_logps"], again["teacher_logps"])
+    assert trainer.model.training
+    scores = [trainer._score(trainer.model, first)[0] for _ in range(2)]
+    assert not torch.equal(*scores)  # the training pass has it
+
+
+def test_bfloat16_computes_student_and_teacher_alike(tmp_path):
+    """A student equal to its teacher has exactly the same log-probabilities under mixed precision."""
+    trainer = make_trainer(tmp_path, teacher=tiny.policy(), bf16=True)
+    batches = micro_batches(trainer)
+    dtypes = set()
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda *hook: dtypes.add(hook[-1].dtype))
+    _, gradients = gradient(trainer, batches)
+    assert dtypes == {torch.bfloat16}
+    metrics = trainer._token_metrics["train"].pop()
+    assert metrics["outliers/share"] == 0
+    assert metrics["teacher/kl"] == 0
+    assert all(g.dtype == torch.float32 for g in gradients.values())
+
+
+# Settings reach the loss
+
+
+def direct(name, logps, batch, entropy, **settings):
+    arguments = (logps[..., 0], batch["teacher_logps"], batch["completion_mask"])
+    columns = {"top_k_logps": logps[..., 1:], "teacher_top_k_logps": batch.get("top_k_logps")}
+    if name == "tropd":
+        return tropd_loss(*arguments, **columns, draws=batch["draws"], **settings)
+    if name == "eopd":
+        k = settings.pop("k")
+        columns = {name: value[..., :k] for name, value in columns.items()}
+        return eopd_loss(*arguments, **columns, teacher_entropy=batch["teacher_entropy"], **settings)
+    return reopold_loss(*arguments, entropy=entropy if settings.pop("second") else None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides", "expected"),
+    [
+        ("tropd", {"outlier_loss": "clip", "outlier_clip_floor": -0.3}, {"outlier_loss": "clip", "clip_floor": -0.3}),
+        ("tropd", {"outlier_loss": "mask"}, {"outlier_loss": "mask"}),
+        ("eopd", {"eopd_top_k": 3, "eopd_entropy_threshold": 3.3}, {"k": 3, "entropy_threshold": 3.3}),
+        (
+            "reopold",
+            {"reopold_floor": -0.2, "reopold_switch_step": 2, "reopold_top_entropy_share": 0.25, "step": 1},
+            {"floor": -0.2, "second": False},
+        ),
+        (
+            "reopold",
+            {"reopold_floor": -0.2, "reopold_top_entropy_share": 0.25, "step": 2},  # half of 4
+            {"floor": -0.2, "second": True, "top_entropy_share": 0.25},
+        ),
+    ],
+)
+def test_settings_reach_the_loss(tmp_path, objective, overrides, expected):
+    step = overrides.get("step", 0)
+    overrides = {name: value for name, value in overrides.items() if name != "step"}
+    trainer = make_trainer(tmp_path, objective=objective, **overrides)
+    (batch,) = micro_batches(trainer, 8, 8)
+    trainer.state.global_step = step
+    logps, entropy, _ = trainer._score(trainer.model, batch)
+    loss, _ = gradient(trainer, [batch])
+    whole = direct(objective, logps, batch, entropy, **expected).loss.sum() / batch["completion_mask"].sum()
+    torch.testing.assert_close(loss, whole.detach())
+
+
+def test_the_top_share_is_of_the_least_certain_tokens():
+    entropy = torch.tensor([[0.1, 0.9, 0.3, 0.5]])
+    loss = reopold_loss(torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4), entropy=entropy, top_entropy_share=0.25)
+    assert (loss.loss != 0).tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_average_their_gradients(tmp_path, monkeypatch, processes):
+    """The loss of a process is its tokens' sum over the mean number of tokens of a process."""
+    trainer = make_trainer(tmp_path, objective="opd")
+    (batch,) = micro_batches(trainer, 8, 8)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+    logps = trainer._score(trainer.model, batch)[0][..., 0]
+    mask = batch["completion_mask"].bool()
+    total = (logps - batch["teacher_logps"])[mask].sum().detach()
+    loss = trainer.compute_loss(trainer.model, batch).detach()
+    torch.testing.assert_close(loss, total * processes / mask.sum())
 
 
 # Evaluation
@@ -343,6 +519,15 @@ def test_evaluation_samples_and_reports_the_kl(tmp_path):
     assert "eval_guidance/share" not in logs  # its own samples from the first token
     twin = make_trainer(tmp_path, teacher=tiny.policy(), eval_dataset=sums(12))
     assert abs(twin.evaluate()["eval_teacher/kl"]) < 1e-5
+
+
+def test_the_evaluation_loss_is_the_mean_over_its_tokens(tmp_path):
+    trainer = make_trainer(tmp_path, objective="opd", lmbda=0.0, eval_dataset=sums(8), per_device_eval_batch_size=8)
+    hash_rollouts(trainer)  # as unequal as they come
+    logs = trainer.evaluate()
+    assert logs["eval_loss"] == pytest.approx(logs["eval_teacher/kl"], rel=1e-4)
+    assert "eval_off_policy/share" not in logs  # its own samples, whatever lmbda is in training
+    assert logs["eval_teacher/kl"] != 0
 
 
 def test_evaluation_on_several_datasets(tmp_path):
@@ -367,6 +552,9 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path):
     without, _ = gradient(trainer, batches)
     torch.testing.assert_close(with_aux - without, 0.1 * aux.detach(), rtol=1e-3, atol=1e-5)
     trainer.aux_loss_enabled = True
+    in_four, _ = gradient(trainer, [*micro_batches(trainer, 8, 2)])
+    # A mean of four, not their sum
+    assert (in_four - without).item() == pytest.approx((with_aux - without).item(), rel=0.2)
     trainer.train()
 
 
@@ -380,7 +568,9 @@ def test_padded_vocabularies_of_different_size(tmp_path):
     assert (batch["top_k_logps"].exp().sum(-1)[batch["completion_mask"].bool()] < 1).all()  # over all of its own
     trainer.train()
     larger = make_trainer(tmp_path, tiny.policy(vocab_size=size + 13), tiny.policy(seed=1))
-    larger.sampler.from_student = lambda prompts: [[5, size + 3, 6, 1] for _ in prompts]  # one unknown to the teacher
+    larger.sampler.from_student = lambda prompts, length: [
+        [5, size + 3, 6, 1] for _ in prompts
+    ]  # one unknown to the teacher
     (batch,) = micro_batches(larger, 8, 8)
     assert batch["teacher_logps"].isinf().tolist() == [[False, True, False, False]] * 8
     larger.train()
@@ -461,7 +651,9 @@ def test_without_vllm_it_is_asked_for(tmp_path):
         ({"outlier_clip_floor": 0.5}, "set it to 0 nats or less"),
         ({"packing": True}, "leave packing out"),
         ({"loss_type": "dft"}, "choose an objective"),
-        ({"num_generations": 2, "train_sampling_strategy": "group_by_length"}, "num_generations=1"),
+        ({"train_sampling_strategy": "group_by_length"}, "'random' or 'sequential'"),
+        ({"max_length": 0}, "set it to 1 or more, or to None"),
+        ({"temperature": float("inf")}, "nothing to sample at"),
     ],
 )
 def test_settings_that_cannot_be_honoured(tmp_path, overrides, message):
@@ -475,6 +667,8 @@ def test_settings_that_cannot_be_honoured(tmp_path, overrides, message):
         (sums().rename_column("prompt", "question"), {}, "rename_column"),
         (sums(completions=False), {"guidance": "dataset"}, "guidance='dataset' needs completions"),
         (sums(completions=False), {"lmbda": 0.5}, "set lmbda=1.0"),
+        (Dataset.from_dict({"prompt": ["1"], "completion": [None]}), {"guidance": "dataset"}, "the first row"),
+        (Dataset.from_list([{"messages": [{"role": "user", "content": "1"}]}]), {"lmbda": 0.5}, "the first row"),
         (sums().add_column("image", [None] * 32), {}, "reads text only"),
     ],
 )
@@ -517,7 +711,19 @@ def test_prompt_tuning_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "warned"),
-    [({"beta": 0.9}, "beta=0.9"), ({"objective": "opd", "outlier_loss": "mask"}, "outlier_loss='mask'"), ({}, None)],
+    [
+        ({"beta": 0.9}, "beta=0.9"),
+        ({"objective": "opd", "outlier_loss": "mask", "outlier_top_k": 64}, "outlier_loss='mask'"),
+        ({"seq_kd": True}, "seq_kd=True"),
+        ({"guidance_coef": 0.1}, "guidance_coef=0.1"),
+        ({"eopd_top_k": 3}, "eopd_top_k=3"),
+        ({"outlier_clip_floor": -2.0}, "outlier_clip_floor=-2.0"),
+        ({"vllm_mode": "server"}, "vllm_mode='server'"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8"),
+        ({}, None),
+        ({"objective": "eopd", "eopd_top_k": 3, "outlier_top_k": 64}, None),
+        ({"guidance": "dataset", "guidance_coef": 0.1}, None),
+    ],
 )
 def test_settings_without_an_effect_bring_one_warning(tmp_path, caplog, overrides, warned):
     make_trainer(tmp_path, **overrides)
@@ -534,3 +740,26 @@ def test_a_teacher_by_path_is_loaded_with_its_init_kwargs(tmp_path):
     assert next(trainer.teacher.model.parameters()).dtype == torch.bfloat16
     assert next(AutoModelForCausalLM.from_pretrained(path).parameters()).dtype == torch.float32
     trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "head"])
+def test_a_peft_teacher_that_scoring_would_pass_over(tmp_path, kind):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    if kind == "head":
+        config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        make_trainer(tmp_path, teacher=get_peft_model(tiny.policy(seed=1), config))
+
+
+def test_the_former_name_of_dtype(tmp_path):
+    path = tiny.save_policy(tmp_path / "teacher", seed=1)
+    trainer = make_trainer(tmp_path, teacher=path, teacher_model_init_kwargs={"torch_dtype": "bfloat16"})
+    assert next(trainer.teacher.model.parameters()).dtype == torch.bfloat16
+
+
+def test_num_tokens_counts_prompts_and_completions(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    prompts = log["num_tokens"] - 8 * log["completions/mean_length"]
+    assert 8 * 4 <= round(prompts) <= 8 * 6  # "7+1=" to "112+16="

@@ -28,10 +28,10 @@ class PromptCollator:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.
         max_length (`int`, *optional*):
-            Longest prompt and completion together, in tokens. What exceeds it is cut from the beginning of the prompt
-            and, where one token of that remains, from the end of the completion.
+            Longest prompt and completion together, in tokens. What exceeds it is cut from the end of the completion,
+            and from the beginning of a prompt that alone is longer: never does a completion cost its prompt a token.
         completions (`bool`, defaults to `True`):
-            Whether completions are needed. If not they do not count for `max_length` either.
+            Whether completions are needed.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,8 +82,8 @@ class PromptCollator:
     def _cut(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
         if self.max_length is None:
             return prompt, completion
-        completion = completion[: self.max_length - 1]
-        return prompt[-(self.max_length - len(completion)) :], completion
+        prompt = prompt[-self.max_length :]
+        return prompt, completion[: self.max_length - len(prompt)]
 
     @staticmethod
     def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -93,6 +93,8 @@ class PromptCollator:
 def split_row(row: dict[str, Any]) -> tuple[Any, Any]:
     """Prompt and completion of a dataset's row, each as it stands there; `None` for a completion that is not there."""
     messages = row.get("messages")
+    if messages == [] or (messages is None and row.get("prompt") in ("", [])):
+        raise ValueError("A row's prompt is empty: remove such rows, e.g. with dataset.filter().")
     if messages is not None:
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
             return messages[:-1], messages[-1:]
@@ -102,7 +104,13 @@ def split_row(row: dict[str, Any]) -> tuple[Any, Any]:
             f"TrOPDTrainer needs 'messages' or a 'prompt' in every row, but one has only "
             f"{', '.join(map(repr, row))}: rename yours, e.g. with dataset.rename_column()."
         )
-    return row["prompt"], row.get("completion")
+    prompt, completion = row["prompt"], row.get("completion") or None
+    if completion is not None and isinstance(prompt, str) != isinstance(completion, str):
+        raise ValueError(
+            f"A row's prompt is {'text' if isinstance(prompt, str) else 'messages'} and its completion is not: give "
+            "both as text or both as messages."
+        )
+    return prompt, completion
 
 
 def unpad(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
@@ -140,8 +148,16 @@ def check_columns(trainer: str, dataset: Any, name: str, needs_completions: str 
             f"{trainer} reads text only, as GKDTrainer does, but `{name}` has images: remove them, e.g. with "
             "dataset.remove_columns(), or distil with RLADTrainer."
         )
-    if needs_completions and not {"messages", "completion"} & set(columns):
+    if not needs_completions:
+        return
+    mend = "set lmbda=1.0" if needs_completions.startswith("lmbda") else "set another guidance"
+    if not {"messages", "completion"} & set(columns):
         raise ValueError(
             f"{needs_completions} needs completions, but `{name}` has only {found}: add a 'completion' column, or "
-            f"{'set lmbda=1.0' if needs_completions.startswith('lmbda') else 'set another guidance'}."
+            f"{mend}."
+        )
+    if split_row(next(iter(dataset)))[1] is None:
+        raise ValueError(
+            f"{needs_completions} needs completions, but the first row of `{name}` has none: end its messages with "
+            f"the assistant's, fill its 'completion', or {mend}."
         )

@@ -52,7 +52,8 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
 
     written = [completion for _, completion in rows]
     if (lmbda < 1 and args.seq_kd) or (longest and args.guidance == "teacher"):
-        sampled = sampler.from_teacher([prompt for prompt, _ in rows])
+        length = args.max_new_tokens if lmbda < 1 and args.seq_kd else min(longest, args.max_new_tokens)
+        sampled = sampler.from_teacher([prompt for prompt, _ in rows], length)
         if args.seq_kd:
             written = [theirs if off else own for off, theirs, own in zip(off_policy, sampled, written, strict=True)]
         if args.guidance == "teacher":
@@ -68,7 +69,8 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
         wanted = [i for i, off in enumerate(off_policy) if not off] or [0]  # one at least: no process may stay away
         if args.use_vllm:  # whose server wants as many prompts of every process
             wanted = list(range(len(rows)))
-        for i, completion in zip(wanted, sampler.from_student([starts[i] for i in wanted]), strict=True):
+        most = args.max_new_tokens - min(lengths[i] for i in wanted)
+        for i, completion in zip(wanted, sampler.from_student([starts[i] for i in wanted], most), strict=True):
             continued[i] = completion
 
     rollouts = []

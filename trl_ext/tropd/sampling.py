@@ -1,15 +1,43 @@
 """Samples completions of the student and of the teacher."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import GenerationConfig
 from trl.distributed import DistributedBackend
 from trl.import_utils import is_vllm_available
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_ext.tropd.rollouts import left_padded
+
+
+@contextmanager
+def _bare_generation_config(model: Any) -> Iterator[None]:
+    """
+    While this is active the checkpoint's own generation settings (a repetition penalty, say) do not count: `generate`
+    takes them wherever it is not told otherwise, and would sample from another distribution than the one we compute.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """While this is active the model is in evaluation mode: neither dropout nor noise in what is sampled."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class RolloutSampler:
@@ -26,6 +54,8 @@ class RolloutSampler:
         own = trainer.model.generation_config.eos_token_id
         own = trainer._tokenizer.eos_token_id if own is None else own
         self.eos_token_ids: list[int] = [own] if isinstance(own, int) else list(own or [])
+        # Where a text of the teacher's ends: it may have other end tokens than the student
+        self.teacher_eos_token_ids = sorted({*self.eos_token_ids, *(trainer.teacher.eos_token_ids or ())})
         self.generation_kwargs = {
             "max_new_tokens": args.max_new_tokens,
             "do_sample": True,
@@ -41,50 +71,57 @@ class RolloutSampler:
         self._vllm = self._start_vllm() if args.use_vllm else None
         self._loaded_step = -1  # whose weights vLLM has
 
-    def from_student(self, prompts: list[list[int]]) -> list[list[int]]:
-        """One completion a prompt, as token ids, up to its end token, which it keeps."""
+    def from_student(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """One completion a prompt, as token ids, up to its end token, which it keeps. vLLM's may be longer."""
         if self._vllm is None:
-            return self._generate(self.trainer.model_wrapped, prompts)
-        if self.trainer.state.global_step != self._loaded_step:
+            return self._generate(self.trainer.model_wrapped, prompts, max_new_tokens, self.eos_token_ids)
+        step = self.trainer.state.global_step
+        if step != self._loaded_step or not self.trainer.model.training:  # other weights may have been loaded since
             self._vllm.sync_weights()
-            self._loaded_step = self.trainer.state.global_step
+            self._loaded_step = step
         _, completions, *_ = self._vllm.generate(prompts=prompts, images=None, num_generations=1)
         return [list(completion) for completion in completions]
 
-    def from_teacher(self, prompts: list[list[int]]) -> list[list[int]]:
-        """The same of the teacher, up to a token of its padding, which the student may not have a number for."""
+    def from_teacher(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The same of the teacher, up to its own end or a token that the student may not have a number for."""
         size = self.trainer.model.config.get_text_config().vocab_size
         with self.trainer.teacher.scoring() as model:
-            completions = self._generate(model, prompts)
+            completions = self._generate(model, prompts, max_new_tokens, self.teacher_eos_token_ids)
         return [list(takewhile(lambda token: token < size, completion)) for completion in completions]
 
     def without_end(self, completion: list[int]) -> list[int]:
-        """`completion` up to its first end token, without that."""
-        end = next((i for i, token in enumerate(completion) if token in self.eos_token_ids), len(completion))
-        return completion[:end]
+        """`completion` up to its first end token, the student's or the teacher's, without that."""
+        return list(takewhile(lambda token: token not in self.teacher_eos_token_ids, completion))
 
-    def _generate(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    def _generate(
+        self, model: Any, prompts: list[list[int]], max_new_tokens: int, eos_token_ids: list[int]
+    ) -> list[list[int]]:
         trainer, args = self.trainer, self.trainer.args
         device = trainer.accelerator.device
         ids, mask = left_padded(prompts, trainer._tokenizer.pad_token_id)
+        settings = {**self.generation_kwargs, "max_new_tokens": max_new_tokens, "eos_token_id": eos_token_ids or None}
         with (
             unwrap_model_for_generation(
                 model,
                 trainer.accelerator,
                 gather_deepspeed3_params=args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
+                generation_kwargs=settings,
                 gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as unwrapped,
             torch.no_grad(),
             self._backend.summon_full_params(model, recurse=False),
+            _bare_generation_config(unwrapped),
+            _evaluating(unwrapped),
         ):
             sequences = unwrapped.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.generation_config
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=GenerationConfig(**settings),
             )
         completions = []
         for row in sequences[:, ids.shape[1] :].tolist():
-            length = len(self.without_end(row))
-            completions.append(row[: length + 1])
+            length = next((i + 1 for i, token in enumerate(row) if token in eos_token_ids), len(row))
+            completions.append(row[:length])
         return completions
 
     def _start_vllm(self) -> Any:

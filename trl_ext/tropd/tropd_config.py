@@ -1,6 +1,6 @@
 """Settings of [`TrOPDTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl.experimental.gkd import GKDConfig
@@ -196,8 +196,10 @@ def check_tropd_args(args: Any) -> None:
     for name in ("guidance_share", "reopold_top_entropy_share", "lmbda"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name}={getattr(args, name)} is no share: set it between 0 and 1.")
-    if not args.temperature > 0:
+    if not 0 < args.temperature < float("inf"):
         raise ValueError(f"temperature={args.temperature} is nothing to sample at: set it above 0.")
+    if args.max_length is not None and args.max_length < 1:
+        raise ValueError(f"max_length={args.max_length} leaves nothing of a prompt: set it to 1 or more, or to None.")
     if not args.guidance_coef >= 0:
         raise ValueError(f"guidance_coef={args.guidance_coef} would unlearn the prefixes: set it to 0 or more.")
     if args.guidance_max_length is not None and args.guidance_max_length < 0:
@@ -208,10 +210,10 @@ def check_tropd_args(args: Any) -> None:
                 f"{name}={getattr(args, name)} would reward tokens that the teacher finds worse: set it to 0 nats or "
                 "less."
             )
-    if args.num_generations > 1 and args.train_sampling_strategy not in ("random", "sequential"):
+    if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} would part the {args.num_generations} "
-            "completions of a prompt: set it to 'random' or 'sequential', or num_generations=1."
+            f"train_sampling_strategy={args.train_sampling_strategy!r} goes by the length of rows, but completions "
+            "are sampled anew: set it to 'random' or 'sequential'."
         )
     for name in ("packing", "padding_free", "assistant_only_loss"):
         if getattr(args, name):
@@ -224,3 +226,33 @@ def check_tropd_args(args: Any) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} and loss_type={args.loss_type!r} are of a "
             "likelihood loss, which TrOPDTrainer has not: leave them at 0 and 'nll', and choose an objective."
         )
+
+
+def settings_without_effect(args: Any) -> tuple[str, ...]:
+    """Names of the settings that the values of others make meaningless."""
+    names = [
+        "beta",
+        "dataset_text_field",
+        "completion_only_loss",
+        "eval_packing",
+        "shuffle_dataset",
+        "packing_strategy",
+    ]
+    names += ["pad_to_multiple_of", "truncation_mode", "dataset_num_proc", "average_tokens_across_devices"]
+    forward_kl = args.objective == "tropd" and args.outlier_loss == "forward_kl"
+    if args.lmbda == 1:
+        names.append("seq_kd")
+    if args.objective != "tropd":
+        names += ["trust_region", "outlier_loss"]
+    if args.objective != "tropd" or args.outlier_loss != "clip":
+        names.append("outlier_clip_floor")
+    if not forward_kl and args.lmbda == 1:
+        names.append("outlier_top_k")
+    for objective in ("eopd", "reopold"):
+        if args.objective != objective:
+            names += [setting.name for setting in fields(args) if setting.name.startswith(f"{objective}_")]
+    if args.guidance == "none":
+        names += [setting.name for setting in fields(args) if setting.name.startswith("guidance_")]
+    if not args.use_vllm:
+        names += [setting.name for setting in fields(args) if setting.name.startswith("vllm_")]
+    return tuple(names)

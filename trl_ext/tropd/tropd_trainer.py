@@ -33,16 +33,13 @@ from trl_ext.tropd.objective import completion_loss
 from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
 from trl_ext.tropd.rollouts import collate, roll_out
 from trl_ext.tropd.sampling import RolloutSampler
-from trl_ext.tropd.tropd_config import TrOPDConfig, check_tropd_args
+from trl_ext.tropd.tropd_config import TrOPDConfig, check_tropd_args, settings_without_effect
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 logger = get_logger(__name__)
-
-# Settings of GKD and SFT that mean nothing here
-UNUSED_SETTINGS = ("beta", "dataset_text_field", "completion_only_loss", "eval_packing", "shuffle_dataset")
 
 
 class TrOPDTrainer(GKDTrainer):
@@ -145,8 +142,9 @@ class TrOPDTrainer(GKDTrainer):
             )
         self.teacher.check_tokenizer(processing_class, student_name or "model")
         tokenizer = text_tokenizer(processing_class)
+        tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            raise ValueError(f"{name} pads, but the tokenizer has no padding or end token: set pad_token=... .")
         if data_collator is None:
             data_collator = PromptCollator(tokenizer, args.max_length, completions=needs is not None)
         if isinstance(train_dataset, IterableDataset) and args.num_generations > 1:
@@ -171,6 +169,12 @@ class TrOPDTrainer(GKDTrainer):
                 f"{name} calls the model below PEFT's forward, where {self.model.active_peft_config.peft_type.value} "
                 "puts its prompt: use another adapter, e.g. peft.LoraConfig."
             )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                f"{name} makes its own batches, which context and sequence parallelism would not split: set cp_size "
+                "and sp_size to 1."
+            )
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -188,8 +192,9 @@ class TrOPDTrainer(GKDTrainer):
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
         self._prompt_batches: list | None = None  # of the optimizer step, until its rollouts are made
         self._micro_batches: list[dict[str, torch.Tensor]] = []
+        self._eval_batches = 0
         self._num_items = torch.ones((), device=self.accelerator.device)
-        self._num_tokens = torch.zeros((), device=self.accelerator.device)
+        self._num_tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
         self._warn_about_args()
 
     def _check_datasets(self, args: TrOPDConfig, train_dataset: Any, eval_dataset: Any) -> str | None:
@@ -218,17 +223,11 @@ class TrOPDTrainer(GKDTrainer):
                 )
 
     def _warn_about_args(self) -> None:
-        args = self.args
-        unused = changed_settings(args, UNUSED_SETTINGS)
-        if args.objective != "tropd":
-            unused |= changed_settings(args, ("trust_region", "outlier_loss"))
-        if args.guidance == "none":
-            unused |= changed_settings(args, ("guidance_max_length", "guidance_share", "guidance_schedule"))
-        if unused:
+        if unused := changed_settings(self.args, settings_without_effect(self.args)):
             settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
             logger.warning(
-                f"{settings} has no effect in {type(self).__name__} with objective={args.objective!r} and "
-                f"guidance={args.guidance!r}: leave it out, or change these."
+                f"{settings} has no effect in {type(self).__name__} beside the other settings: leave it out, or see "
+                "docs/tropd.md for what needs it."
             )
 
     # Rollouts: made when the first micro-batch of an optimizer step is asked for. Not earlier, because a run that
@@ -252,14 +251,16 @@ class TrOPDTrainer(GKDTrainer):
 
     def _make_rollouts(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """One batch of tokens and teacher's scores for each batch of prompts."""
-        training, device, process = self.model.training, self.accelerator.device, self.accelerator.process_index
-        # The draws of a training step depend on nothing but the step: a run that resumes repeats them
-        seed = f"{self.args.seed}/{self.state.global_step}/{process}"
-        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
-        if not training:
-            generator.manual_seed(int(torch.randint(2**62, ())))
+        device = self.accelerator.device
+        # Of this step and this process alone: TRL seeds all processes alike, and their samples would be the same
+        self._eval_batches = 0 if self.model.training else self._eval_batches + 1
+        key = (self.args.seed, self.state.global_step, self.accelerator.process_index, self._eval_batches)
+        generator = torch.Generator().manual_seed(random.Random(str(key)).getrandbits(62))
         rows = [unpad(batch) for batch in batches]
-        rollouts = iter(roll_out(self, [row for batch in rows for row in batch], generator))
+        accelerators = [] if device.type == "cpu" else [device.index or 0]
+        with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            rollouts = iter(roll_out(self, [row for batch in rows for row in batch], generator))
         made = []
         for batch in rows:
             micro_batch = collate([next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator)
@@ -300,12 +301,12 @@ class TrOPDTrainer(GKDTrainer):
         if mode == "train":
             counts = torch.stack(
                 [
-                    sum((batch["completion_mask"].sum() for batch in batches), torch.zeros_like(self._num_items)),
-                    sum((batch["prompt_mask"].sum() for batch in batches), torch.zeros_like(self._num_items)),
+                    sum((batch["completion_mask"].sum() for batch in batches), torch.zeros_like(self._num_tokens)),
+                    sum((batch["prompt_mask"].sum() for batch in batches), torch.zeros_like(self._num_tokens)),
                 ]
             )
             counts = self.accelerator.gather(counts[None]).sum(0)
-            self._num_items = counts[0].clamp(min=1)
+            self._num_items = counts[0].clamp(min=1).float()
             self._num_tokens += counts.sum()
 
     def longest_prefix(self) -> int:
@@ -322,7 +323,8 @@ class TrOPDTrainer(GKDTrainer):
         mode = "train" if self.model.training else "eval"
         unwrapped = self.accelerator.unwrap_model(model)
         # Through the wrapper's forward, so that it reduces gradients and sharded weights are there
-        logps, entropy, aux_loss = self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
+        with self.accelerator.autocast():  # which accelerate puts into the forward that the redirection replaces
+            logps, entropy, aux_loss = self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
         per_token_loss, metrics = completion_loss(self.args, self.state, mode == "train", logps, entropy, inputs)
         for values, mask in metrics:
             self._token_metrics[mode].update(values, mask)
