@@ -49,8 +49,6 @@ EMBEDDED_DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "max_steps": 150,
     "max_new_tokens": 2 * TOKENS_PER_DIGIT,
-    "outlier_top_k": 8,  # of 16 tokens
-    "eopd_top_k": 4,
     "logging_steps": 5,
     "save_strategy": "no",
     "bf16": False,
