@@ -8,6 +8,7 @@ All distillation trainers use it through one interface, [`Teacher`]: `check_toke
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,12 +253,13 @@ class AdapterTeacher(ModelTeacher):
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """While this is active the student is saved without the teacher's adapter."""
-        configs = self.accelerator.unwrap_model(self.model).peft_config
-        config = configs.pop(self.adapter_name)
+        model = self.accelerator.unwrap_model(self.model)
+        kept = [name for name in model.peft_config if name != self.adapter_name]
+        model.save_pretrained = partial(model.save_pretrained, selected_adapters=kept)
         try:
             yield
         finally:
-            configs[self.adapter_name] = config
+            del model.save_pretrained  # the class's own is there again
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:

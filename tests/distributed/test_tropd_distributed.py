@@ -59,3 +59,10 @@ def test_both_models_sample_while_they_are_sharded(paths, tmp_path, zero_stage):
     assert len(training) == 4
     assert training[0]["guidance/share"] > 0
     assert [log for log in logs if "eval_teacher/kl" in log]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("zero_stage", [None, 2, 3])
+def test_an_adapter_on_the_student_teaches_on_two_processes_too(paths, tmp_path, one_process, zero_stage):
+    two = run(paths, tmp_path / "two", 2, "--batch", 4, "--adapter_teacher", zero_stage=zero_stage)
+    assert_same_training(two, one_process("--adapter_teacher"))

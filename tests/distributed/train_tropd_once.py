@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +27,7 @@ def main():
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--deepspeed", action="store_true", help="launched with DeepSpeed")
+    parser.add_argument("--adapter_teacher", action="store_true", help="an adapter on the student is the teacher")
     parser.add_argument("--samples", action="store_true", help="really samples, of student and teacher")
     flags = parser.parse_args()
     settings = tropd_runs.settings(
@@ -47,12 +49,20 @@ def main():
     if flags.deepspeed:
         del settings["use_cpu"]  # it would keep DeepSpeed out
         settings["ddp_backend"] = "gloo"
+    args = TrOPDConfig(**settings)  # before a model is loaded, which ZeRO-3 shards as it is
+    student, teacher = flags.path, flags.teacher
+    if flags.adapter_teacher:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        student, teacher = get_peft_model(AutoModelForCausalLM.from_pretrained(student), lora), "expert"
+        student.add_adapter(teacher, lora)
     trainer = TrOPDTrainer(
-        flags.path,
-        flags.teacher,
-        TrOPDConfig(**settings),
+        student,
+        teacher,
+        args,
         train_dataset=tropd_runs.sums(64),
         eval_dataset=tropd_runs.sums(6),
+        processing_class=tropd_runs.tiny.tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False) if flags.lora else None,
     )
     if not flags.samples:

@@ -8,6 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from tropd_runs import (
@@ -107,6 +108,7 @@ def test_an_adapter_as_teacher(tmp_path):
     assert moved
     assert all("lora_" in name and ".default." in name for name in moved)
     assert not (tmp_path / "checkpoint-4" / "expert").exists()
+    assert not any("expert" in name for name in load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors"))
 
 
 # Which token is which
