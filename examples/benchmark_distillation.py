@@ -125,6 +125,9 @@ class GivenGKD(GKDTrainer):
         super().__init__(*args, **kwargs)
         self.rollouts = rollouts
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None  # of the data set, which has no completions here
+
     def generate_on_policy_outputs(self, model, inputs, generation_config):
         prompts = inputs["prompts"]
         completions = torch.tensor(self.rollouts(prompts), device=prompts.device)

@@ -89,6 +89,13 @@ class TrOPDScriptArguments(ScriptArguments):
     )
 
 
+class SampledGKD(GKDTrainer):
+    """TRL's own, which otherwise divides its loss by the data set's number of completion tokens, here 0."""
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None  # the mean over what was sampled
+
+
 def make_trainer(
     method: str | None,
     args: TrOPDConfig,
@@ -110,10 +117,10 @@ def make_trainer(
     }
     if method != "gkd":
         return TrOPDTrainer(student, teacher, **arguments)
-    # TRL's own, given the same prompts; its divergence is of the whole vocabulary
+    # Given the same prompts; its divergence is of the whole vocabulary
     teacher = teacher or args.teacher_model_name_or_path
     collator = PromptCollator(tokenizer, args.max_length, completions=args.lmbda < 1)
-    return GKDTrainer(student, teacher, data_collator=collator, **arguments)
+    return SampledGKD(student, teacher, data_collator=collator, **arguments)
 
 
 def measure(trainer: Any, args: TrOPDConfig, teacher: str | None, data: Any, problems: list[Any]) -> dict[str, float]:
