@@ -1,9 +1,24 @@
 """Per-token losses in plain torch: tensors in, loss and metrics out. Nothing here knows TRL or transformers."""
 
 from trl_ext.losses.divergence_regularized import dppo_loss, drpo_loss, spo_loss
+from trl_ext.losses.extraction import reward_cross_entropy_loss, reward_regression_loss, sapo_loss
 from trl_ext.losses.policy_clip import policy_clip_loss
 from trl_ext.losses.ratio_distillation import kdrl_penalty, trrd_loss
+from trl_ext.losses.signal import normalize_signal, token_signal
 from trl_ext.losses.token_loss import TokenLoss
 
 
-__all__ = ["TokenLoss", "dppo_loss", "drpo_loss", "kdrl_penalty", "policy_clip_loss", "spo_loss", "trrd_loss"]
+__all__ = [
+    "TokenLoss",
+    "dppo_loss",
+    "drpo_loss",
+    "kdrl_penalty",
+    "normalize_signal",
+    "policy_clip_loss",
+    "reward_cross_entropy_loss",
+    "reward_regression_loss",
+    "sapo_loss",
+    "spo_loss",
+    "token_signal",
+    "trrd_loss",
+]
