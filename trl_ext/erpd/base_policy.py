@@ -37,16 +37,15 @@ class WeightsCopy:
     @torch.no_grad()
     def restore(self) -> None:
         """Makes the weights what they were. Every process must call this."""
-        optimizer = self.trainer.model_wrapped.optimizer if self.trainer.is_deepspeed_enabled else None
-        stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-        if stage_3:
+        optimizer: Any = self.trainer.model_wrapped.optimizer if self.trainer.is_deepspeed_enabled else None
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             optimizer._partition_all_parameters()
         for i, weight in enumerate(self._weights()):
             if self.keeps:
                 weight.copy_(self.tensors[i])
             if not self.sharded and self.trainer.accelerator.num_processes > 1:
                 broadcast(weight.data)
-        if stage_3:
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3: as at the end of its step
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:

@@ -102,8 +102,8 @@ class ERPDConfig(GRPOConfig):
     signal: str | list[str] = field(
         default="teacher",
         metadata={
-            "help": "What is distilled: 'teacher', 'unlearned_reference' or 'unlearned_teacher'. One for all teachers, "
-            "or one each."
+            "help": "What is distilled: 'teacher', 'unlearned_reference' or 'unlearned_teacher'. One for all "
+            "teachers, or one each."
         },
     )
     signal_weights: list[float] | None = field(
@@ -124,8 +124,8 @@ class ERPDConfig(GRPOConfig):
     distillation_anchor: str = field(
         default="pass",
         metadata={
-            "help": "What stage 2's trust region is around: 'pass', the policy at the start of each pass over the set, "
-            "or 'base', the base policy.",
+            "help": "What stage 2's trust region is around: 'pass', the policy at the start of each pass over the "
+            "set, or 'base', the base policy.",
             "choices": list(CHOICES["distillation_anchor"]),
         },
     )
@@ -195,7 +195,8 @@ def resolve_prompts_per_round(args: GRPOConfig, num_prompts: int) -> int:
         return max(min(1000, num_prompts) // unit, 1) * unit
     if wanted > num_prompts:
         raise ValueError(
-            f"prompts_per_round={wanted} is more than the data set has: set it to {num_prompts // unit * unit} or less."
+            f"prompts_per_round={wanted} is more than the data set has: set it to {num_prompts // unit * unit} or "
+            "less."
         )
     if wanted < unit:
         raise ValueError(
@@ -220,6 +221,8 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     losses, signals, weights = _as_list(args.extraction_loss), _as_list(args.signal), args.signal_weights
     if not losses:
         raise ValueError("extraction_loss is empty, so that there is no teacher: set it to 'ce', for example.")
+    if len(set(losses)) < len(losses):
+        raise ValueError(f"extraction_loss={losses} names a loss twice, and twice the same teacher: name each once.")
     if len(signals) not in (1, len(losses)):
         raise ValueError(f"There are {len(losses)} teachers and {len(signals)} signals: give one signal, or one each.")
     if weights is not None and len(weights) != len(losses):

@@ -5,7 +5,6 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from trl_ext.erpd.erpd_config import (
     default_radius,
     phases_of,
     resolve_prompts_per_round,
+    teachers_of,
 )
-from trl_ext.erpd.fixed_set import FixedSet, Row, collate, rows_of, share_out
 from trl_ext.erpd.schedule import Phase, Schedule
 from trl_ext.erpd.stages import Stages
 from trl_ext.losses import (
@@ -100,9 +99,13 @@ class ERPDTrainer(PolicyLossTrainer):
             }"""),
     }
 
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
+    _last_loaded_step: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._given = inspect.signature(PolicyLossTrainer.__init__).bind(self, *args, **kwargs).arguments
-        self._rewards = torch.empty(0)  # of the last rollout batch, all processes
+        self.rewards_of_all = torch.empty(0)  # of the last rollout batch, all processes
         self._user_args: GRPOConfig | None = None
         try:
             super().__init__(*args, **kwargs)
@@ -153,8 +156,8 @@ class ERPDTrainer(PolicyLossTrainer):
         update *= self.args.gradient_accumulation_steps
         if self.args.distillation_anchor == "pass" and self.prompts_per_round * self.num_generations == update:
             logger.warning(
-                "The whole set is one update, so that stage 2 never leaves its anchor and the trust region has nothing "
-                "to do: set distillation_anchor='base', or give more prompts_per_round."
+                "The whole set is one update, so that stage 2 never leaves its anchor and the trust region has "
+                "nothing to do: set distillation_anchor='base', or give more prompts_per_round."
             )
 
     # ---- one continuous run: an epoch is a pass over the set
@@ -209,7 +212,8 @@ class ERPDTrainer(PolicyLossTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         phase = self.schedule.at_step(max(self.state.global_step - 1, 0))
-        logs.update({"round": phase.round, "stage": phase.stage})
+        for name, value in (("round", phase.round), ("stage", phase.stage)):
+            logs.setdefault(name, value)
         super().log(logs, start_time)
 
     def describe(self, text: str) -> None:
@@ -218,84 +222,18 @@ class ERPDTrainer(PolicyLossTrainer):
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_description(text)
 
-    # ---- the fixed set
-
-    def sample_fixed_set(self, round_number: int) -> tuple[FixedSet, dict[str, float]]:
-        """The rollouts of a round, and what is worth logging about them."""
-        dataset = self._remove_unused_columns(self.train_dataset, description="training")
-        prompts = self._prompts_of_round(round_number)
-        per_generation = self.args.generation_batch_size // self.num_generations
-        chunks: list[list[Row]] = []
-        agreeing = 0
-        for start in range(0, len(prompts), per_generation):
-            self.describe(f"Round {round_number}/{self.schedule.rounds}: sampling, prompt {start}/{len(prompts)}")
-            rows = [dataset[i] for i in prompts[start : start + per_generation]]
-            rows = [dict(row) for row in rows for _ in range(self.num_generations)]
-            local = len(rows) // self.accelerator.num_processes
-            first = self.accelerator.process_index * local
-            rollouts, rewards = self.sample(rows[first : first + local])
-            chunks.append(rows_of(rollouts, rewards))
-            groups = self._rewards.view(-1, self.num_generations)
-            agreeing += int(((groups - groups.nanmean(1, keepdim=True)).abs().nan_to_num() < 1e-6).all(1).sum())
-        if agreeing == len(prompts):
-            logger.warning(
-                f"Round {round_number}: the rollouts of every prompt have the same reward, so that the set teaches "
-                "nothing: choose easier or harder prompts, or raise num_generations."
-            )
-        pad = partial(collate, pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-        fixed_set = share_out(
-            chunks, self.accelerator, self.args.per_device_train_batch_size, self.args.seed + round_number, pad
-        )
-        if any(phase.loss == "ce" for phase in self.schedule.phases):
-            self._add_outcomes(fixed_set)
-        return fixed_set, {
-            "fixed_set/prompts": len(prompts),
-            "fixed_set/prompts_without_signal": agreeing,
-            "fixed_set/rollouts": len(prompts) * self.num_generations,
-            "fixed_set/tokens": fixed_set.num_tokens,
-        }
+    # ---- rollouts
 
     def sample(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
         """This process's rollouts as TRL makes them, and their rewards."""
         rollouts = self._generate_and_score_completions(rows)
         first = self.accelerator.process_index * len(rows)
-        return rollouts, self._rewards[first : first + len(rows)]
-
-    def _prompts_of_round(self, round_number: int) -> list[int]:
-        """Indices into the data set: no prompt comes again before a round needs more than are left."""
-        length = len(self.train_dataset)
-        epoch, place = divmod(round_number - 1, length // self.prompts_per_round)
-        order = torch.arange(length)
-        if self.shuffle_dataset:
-            order = torch.randperm(length, generator=torch.Generator().manual_seed(self.args.seed + epoch))
-        return order[place * self.prompts_per_round : (place + 1) * self.prompts_per_round].tolist()
-
-    def _add_outcomes(self, fixed_set: FixedSet) -> None:
-        """`outcomes` join the set: the rewards as 0 and 1, for `extraction_loss="ce"`."""
-        rewards = torch.cat([batch["rewards"] for batch in fixed_set.batches])
-        known = rewards[rewards.isfinite()]
-        extremes = torch.stack([-known.amin(), known.amax()]) if len(known) else torch.full((2,), -torch.inf)
-        low, high = self.accelerator.gather(extremes[None].to(self.accelerator.device)).amax(0).cpu() * torch.tensor(
-            [-1, 1]
-        )
-        strange = known[(known != low) & (known != high)]
-        example = self.accelerator.gather(
-            torch.tensor([strange[0] if len(strange) else torch.nan], device=self.accelerator.device)
-        )
-        if not example.isnan().all():
-            raise ValueError(
-                f"extraction_loss='ce' needs rewards of two kinds, right and wrong, but there are at least "
-                f"{low:g}, {example[~example.isnan()][0]:g} and {high:g}: give a reward function of two values, or set "
-                "extraction_loss to 'mse' or 'sapo'."
-            )
-        for batch in fixed_set.batches:
-            right = batch["rewards"] == high if low < high else batch["rewards"] > 0
-            batch["outcomes"] = torch.where(batch["rewards"].isfinite(), right.float(), torch.nan)
+        return rollouts, self.rewards_of_all[first : first + len(rows)]
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         per_function = super()._calculate_rewards(*args)
-        self._rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
-        self._rewards[per_function.isnan().all(1)] = torch.nan
+        self.rewards_of_all = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        self.rewards_of_all[per_function.isnan().all(1)] = torch.nan
         return per_function
 
     def _generate(self, prompts: list) -> Any:
@@ -378,11 +316,11 @@ class ERPDTrainer(PolicyLossTrainer):
             if phase.loss != "sapo":
                 settings["loss_type"] = "luspo"  # the mean over sequences of the sum over their tokens
         before = {name: getattr(self, name) for name in settings}
-        vars(self).update(settings)
+        self.__dict__.update(settings)
         try:
             yield
         finally:
-            vars(self).update(before)
+            self.__dict__.update(before)
 
     # ---- checkpoints
 
@@ -394,10 +332,11 @@ class ERPDTrainer(PolicyLossTrainer):
 
     def run_identity(self) -> dict[str, Any]:
         """What the fixed set of a checkpoint, and the place in its round, depend on."""
-        names = ("seed", "extraction_passes", "distillation_passes", "extraction_loss", "signal")
+        names = ("seed", "extraction_passes", "distillation_passes")
         return {
             **self._run_identity(),
             "prompts_per_round": self.prompts_per_round,
+            "teachers": [list(teacher) for teacher in teachers_of(self.args)],
             **{name: getattr(self.args, name) for name in names},
         }
 

@@ -72,7 +72,7 @@ def rows_of(rollouts: dict[str, Any], rewards: torch.Tensor) -> list[Row]:
             Their rewards.
     """
     tensors = {name: value.cpu() for name, value in rollouts.items() if isinstance(value, torch.Tensor)}
-    per_token = [n for n in ("completion_ids", "completion_mask", "tool_mask", "sampling_per_token_logps")]
+    per_token = ("completion_ids", "completion_mask", "tool_mask", "sampling_per_token_logps")
     rows = []
     for i, mask in enumerate(tensors["completion_mask"]):
         # A truncated completion may be masked out as a whole: one token of it stays, for the shapes' sake
@@ -119,7 +119,7 @@ def share_out(
 
 
 def arrange(lengths: torch.Tensor, batch_size: int, seed: int) -> torch.Tensor:
-    """Batches of similar length: indices of shape `(batches, batch_size)`, each once, for `lengths` of shape `(n,)`."""
+    """Batches of similar length, for `lengths` of shape `(n,)`: each index once, of shape `(batches, batch_size)`."""
     shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
     pieces = shuffled.split(BATCHES_SORTED_TOGETHER * batch_size)
     ordered = [piece[lengths[piece].argsort(descending=True, stable=True)] for piece in pieces]

@@ -1,4 +1,4 @@
-"""What happens when in a run of ERPD: rounds, their phases, passes over the set, and the learning rate of each update."""
+"""What happens when in a run of ERPD: rounds, their phases, passes over the set, and each update's learning rate."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """What is trained, for logs and files: unique within a round unless two teachers differ in their signal only."""
+        """What is trained, for logs and files: unique within a round."""
         return self.policy if self.stage == 2 else f"{self.policy}_{self.loss}"
 
 
@@ -84,7 +84,7 @@ class Schedule:
         return step >= self.steps or (step > 0 and self.at_step(step) != self.at_step(step - 1))
 
     def learning_rate(self, unit: float, scheduler_kwargs: dict | None = None) -> Callable[[int], float]:
-        """A function from the optimizer step to the learning rate in multiples of `unit`; starts anew in each phase."""
+        """From the optimizer step to the learning rate, in multiples of `unit`; it starts anew in each phase."""
         pieces: list[tuple[int, float, Callable[[int], float]]] = []
         start = 0
         for phase in self.phases:

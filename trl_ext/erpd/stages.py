@@ -1,6 +1,7 @@
 """What happens between the stages of ERPD: sampling, scoring, measuring, restoring the base policy."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from trl_ext.erpd.base_policy import WeightsCopy, clear_optimizer_state
 from trl_ext.erpd.erpd_config import teachers_of
 from trl_ext.erpd.fixed_set import FixedSet
 from trl_ext.erpd.measures import evaluating, measure_samples, own_samples, reduced
+from trl_ext.erpd.sampling import sample_fixed_set
 from trl_ext.erpd.schedule import Phase, Schedule
 from trl_ext.losses import normalize_signal, token_signal
-from trl_ext.losses.signal import MIN_SIGNAL_STD, mean_and_std, signal_moments
+from trl_ext.losses.signal import MIN_SIGNAL_STD, SIGNALS, mean_and_std, signal_moments
 from trl_ext.rollout_checkpoint import read_metadata
 
 
@@ -85,18 +87,18 @@ class Stages:
     def _begin_phase(self, phase: Phase, new_round: bool) -> None:
         if new_round:
             self._describe(phase, "sampling the set")
-            self.fixed_set, facts = self.trainer.sample_fixed_set(phase.round)
+            self.fixed_set, facts = sample_fixed_set(self.trainer, phase.round)
             self.base.take()
             facts |= {f"base/set_{name}": value for name, value in self._score("base").items() if name == "entropy"}
             self.base_measures = {}
             if self.trainer.eval_dataset is not None:
                 self._describe(phase, "measuring the base policy")
                 self.base_measures = measure_samples(self.trainer, own_samples(self.trainer), base_is_loaded=False)
-            self.trainer.log(facts | {f"base/{name}": value for name, value in self.base_measures.items()})
+            self._log(phase, facts | {f"base/{name}": value for name, value in self.base_measures.items()})
         clear_optimizer_state(self.trainer.optimizer)
         self.trainer.restart_learning_rate()
         if phase.stage == 2:
-            self._make_signal()
+            self._make_signal(phase)
 
     def end_phase(self, phase: Phase) -> None:
         """Measures the policy that `phase` has trained; after stage 1, scores the set by it and restores the base."""
@@ -119,7 +121,7 @@ class Stages:
             distilled.restore()
         else:
             measures = {f"set_{name}": value for name, value in self._score("distilled").items()}
-        self.trainer.log({f"{phase.name}/{name}": value for name, value in measures.items()})
+        self._log(phase, {f"{phase.name}/{name}": value for name, value in measures.items()})
         if phase.policy == "teacher":
             self._warn_of_collapse(phase, measures)
 
@@ -164,29 +166,28 @@ class Stages:
             "log_ratio_of_right": good_log_ratio / max(good_count, 1),
         }
 
-    def _make_signal(self) -> None:
+    def _make_signal(self, phase: Phase) -> None:
         """What stage 2 distils joins the set, and what it was made of leaves it."""
         assert self.fixed_set is not None
-        args, logs = self.trainer.args, {}
+        args = self.trainer.args
+        logs: dict[str, float] = {}
         for batch in self.fixed_set.batches:
             batch["signal"] = torch.zeros_like(batch["base_logps"])
             batch["anchor_logps"] = batch["base_logps"]
         for teacher in teachers_of(args):
-            raw, moments = [], torch.zeros(3, dtype=torch.float64)
+            signals, moments = [], torch.zeros(3, dtype=torch.float64)
+            policies = SIGNALS[teacher.signal]
+            names = {policy: "base" if policy == "base" else f"{policy}_{teacher.loss}" for policy in policies}
             for batch, mask in self.fixed_set.masks():
-                policies = (
-                    ("base", "base"),
-                    ("teacher", f"teacher_{teacher.loss}"),
-                    ("unlearned", f"unlearned_{teacher.loss}"),
-                )
-                logps = {role: batch[f"{name}_logps"] for role, name in policies if f"{name}_logps" in batch}
-                raw.append(token_signal(teacher.signal, logps, mask))
-                moments += signal_moments(raw[-1], mask)
+                logps = {policy: batch[f"{name}_logps"] for policy, name in names.items()}
+                signals.append(token_signal(teacher.signal, logps, mask))
+                moments += signal_moments(signals[-1], mask)
             mean, std = mean_and_std(reduced(self.trainer.accelerator, moments))
-            for (batch, mask), signal in zip(self.fixed_set.masks(), raw, strict=True):
-                batch["signal"] += teacher.weight * normalize_signal(
-                    signal, mask, mean=mean, std=std, normalization=args.signal_normalization, clip=args.signal_clip
-                )
+            normalized = partial(
+                normalize_signal, mean=mean, std=std, normalization=args.signal_normalization, clip=args.signal_clip
+            )
+            for (batch, mask), signal in zip(self.fixed_set.masks(), signals, strict=True):
+                batch["signal"] += teacher.weight * normalized(signal, mask)
             logs |= {f"signal_{teacher.loss}/mean": mean, f"signal_{teacher.loss}/std": std}
             if std < MIN_SIGNAL_STD:
                 logger.warning(
@@ -198,7 +199,7 @@ class Stages:
         for batch in self.fixed_set.batches:
             for name in [n for n in batch if n.endswith("_logps") and n not in keep]:
                 del batch[name]
-        self.trainer.log(logs)
+        self._log(phase, logs)
 
     def _warn_of_collapse(self, phase: Phase, measures: dict[str, float]) -> None:
         teacher = teachers_of(self.trainer.args)[phase.teacher]
@@ -220,10 +221,13 @@ class Stages:
             )
         if collapsed:
             logger.warning(
-                f"Round {phase.round}: the extreme region policy trained with {phase.loss} {finding}, and to distil it "
-                "would be to distil noise: set signal='unlearned_reference', or lower extraction_passes or "
+                f"Round {phase.round}: the extreme region policy trained with {phase.loss} {finding}, and to distil "
+                "it would be to distil noise: set signal='unlearned_reference', or lower extraction_passes or "
                 "extraction_learning_rate."
             )
+
+    def _log(self, phase: Phase, values: dict[str, float]) -> None:
+        self.trainer.log({**values, "round": phase.round, "stage": phase.stage})
 
     def _describe(self, phase: Phase, doing: str) -> None:
         what = "distillation" if phase.stage == 2 else f"extraction, {phase.policy} ({phase.loss})"

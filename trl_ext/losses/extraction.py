@@ -2,8 +2,8 @@ r"""
 Objectives that squeeze a fixed set of rollouts: stage 1 of [arXiv 2605.25582](https://huggingface.co/papers/2605.25582).
 
 Notation: \\( \pi \\) current policy, \\( \pi_0 \\) the policy that sampled the set, \\( y \\) a completion,
-\\( R(y) = \beta_r \sum_t \log \frac{\pi(y_t)}{\pi_0(y_t)} \\) its implicit reward. The paper's abstract names the three
-objectives; their formulas are our choice, but for SAPO's.
+\\( R(y) = \beta_r \sum_t \log \frac{\pi(y_t)}{\pi_0(y_t)} \\) its implicit reward. The paper names the three
+objectives; what is known to us of it does not give their formulas, which but for SAPO's are our choice.
 
 Common arguments of the functions below:
 
@@ -32,10 +32,11 @@ def sapo_loss(
     temperature_negative: float = 1.05,
 ) -> TokenLoss:
     r"""
-    Soft Adaptive Policy Optimization, [arXiv 2511.20347](https://huggingface.co/papers/2511.20347), as TRL has it, with
-    \\( r = \pi / \pi_0 \\):
+    Soft Adaptive Policy Optimization, [arXiv 2511.20347](https://huggingface.co/papers/2511.20347), as TRL has it,
+    with \\( r = \pi / \pi_0 \\):
 
-    $$ L = -\frac{4}{\tau}\, \sigma(\tau (r - 1))\, A, \qquad \tau = \tau_+ \text{ where } A > 0, \text{ else } \tau_- $$
+    $$ L = -\frac{4}{\tau}\, \sigma(\tau (r - 1))\, A, \qquad
+    \tau = \tau_+ \text{ where } A > 0, \text{ else } \tau_- $$
 
     Its gradient is \\( -A r \, 4 \sigma (1 - \sigma) \nabla \log \pi \\): the policy gradient at \\( r = 1 \\), faded
     out smoothly on both sides. A loss a token, to be averaged like any other.

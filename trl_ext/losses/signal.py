@@ -6,15 +6,12 @@ rewards, \\( \pi_U \\) the unlearned policy, trained on the reversed rewards.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from trl_ext.losses.token_loss import masked
 
 
-Signal = Literal["teacher", "unlearned_reference", "unlearned_teacher"]
-Normalization = Literal["standardize", "scale", "none"]
 # signal -> the policies it is the log-ratio of: (numerator, denominator)
 SIGNALS: dict[str, tuple[str, str]] = {
     "teacher": ("teacher", "base"),
@@ -25,7 +22,7 @@ SIGNALS: dict[str, tuple[str, str]] = {
 MIN_SIGNAL_STD = 1e-5
 
 
-def token_signal(signal: Signal, logps: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def token_signal(signal: str, logps: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     r"""
     The raw signal, detached, in nats; 0 where masked, and where a policy gave no finite log-probability.
 
@@ -67,16 +64,16 @@ def normalize_signal(
     *,
     mean: float,
     std: float,
-    normalization: Normalization = "standardize",
+    normalization: str = "standardize",
     clip: float | None = 5.0,
 ) -> torch.Tensor:
     r"""
     \\( \mathrm{clamp}((s_t - m) / d, -c, c) \\), of shape `(batch, time)`, 0 where masked. Our choice.
 
     `"standardize"`: \\( m \\) mean and \\( d \\) standard deviation over the tokens of the whole set. The mean of
-    `"teacher"` on the base's own samples is \\( -\mathrm{KL}(\pi_0 \| \pi_E) \le 0 \\): left in, it pushes every token
-    down. `"scale"`: only the division. `"none"`: neither. A spread below `MIN_SIGNAL_STD` would only amplify noise, and
-    such a signal becomes 0.
+    `"teacher"` on the base's own samples is \\( -\mathrm{KL}(\pi_0 \| \pi_E) \le 0 \\): left in, it pushes every
+    token down. `"scale"`: only the division. `"none"`: neither. A spread below `MIN_SIGNAL_STD` would only amplify
+    noise, and such a signal becomes 0.
 
     Args:
         mean (`float`), std (`float`):
