@@ -1,42 +1,21 @@
 """Two processes on CPU (DDP, ZeRO-2, ZeRO-3) train what one process trains."""
 
-import importlib.util
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from launch import needs_deepspeed, run_script
 
 
 SCRIPT = Path(__file__).with_name("train_once.py")
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
+run = partial(run_script, SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
-def run(path, out, processes, *flags, zero_stage=None):
-    """The final weights and the logs of train_once.py."""
-    out.mkdir()
-    if zero_stage is None:
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    else:
-        launch = ["accelerate.commands.launch", "--use_deepspeed", "--zero_stage", zero_stage]
-        launch += ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no"]
-        launch += ["--dynamo_backend", "no", "--main_process_port", 0, "--zero3_save_16bit_model", "true"]
-        flags = (*flags, "--deepspeed")
-    command = [sys.executable, "-m", *launch, SCRIPT, "--path", path, "--out", out, *flags]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, "\n".join(result.stderr.splitlines()[-100:])
-    weights = next((out / "final").glob("*.safetensors"))
-    return load_file(weights), torch.load(out / "logs.pt")
 
 
 def assert_same_training(ours, theirs):

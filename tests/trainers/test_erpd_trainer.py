@@ -713,7 +713,7 @@ def test_masks_of_environments_and_of_truncated_completions(path, tmp_path):
         ({"num_train_epochs": 2}, "num_train_epochs=2 would end"),
         ({"num_iterations": 2}, "num_iterations=2 has no meaning where a fixed set is passed over: set it to 1"),
         (
-            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
             "lr_scheduler_type='reduce_lr_on_plateau' goes by evaluations",
         ),
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold=0.1 judges a sequence by its one advantage"),
