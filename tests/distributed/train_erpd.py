@@ -71,6 +71,7 @@ def main():
         extraction_passes=1,
         distillation_passes=2,
         signal="unlearned_reference",
+        distillation_anchor="pass",
         beta=0.05,
         learning_rate=0.05,
         extraction_learning_rate=0.01,

@@ -54,6 +54,7 @@ def test_resume_in_each_stage_and_round(path, tmp_path):
     """2 rounds of extraction, unlearning and distillation, with measures: each step, boundaries among them."""
     whole = assert_resumes_everywhere(
         path, tmp_path, 2 * (1 + 1 + 2) * 2, rounds=2, extraction_passes=1, signal="unlearned_reference",
+        distillation_anchor="pass",
         eval_dataset=tiny.prompts(4), per_device_eval_batch_size=8,
     )  # fmt: skip
     assert sum("distilled/kl_per_sequence" in log for log in whole.state.log_history) == 2

@@ -386,7 +386,9 @@ def test_no_generation_and_no_needless_pass_within_a_stage(path, tmp_path):
             return super().score_micro_batch(batch)
 
     # generations of 4 micro-batches, for which GRPO would make a pass for old log-probabilities
-    trainer = make_trainer(path, tmp_path, trainer_class=Counting, beta=0.1, steps_per_generation=4)
+    trainer = make_trainer(
+        path, tmp_path, trainer_class=Counting, beta=0.1, steps_per_generation=4, distillation_anchor="pass"
+    )
     passes = []
     forward = trainer.model.forward
     trainer.model.forward = lambda *args, **kwargs: (
@@ -799,5 +801,5 @@ def test_any_two_rewards_are_right_and_wrong(path, tmp_path, low, high):
 def test_warnings_of_settings_without_effect(path, tmp_path, caplog):
     make_trainer(path, tmp_path, trust_region="drpo", epsilon=0.3)
     assert "epsilon=0.3 has no effect with trust_region='drpo'" in caplog.text
-    make_trainer(path, tmp_path, prompts_per_round=2)
+    make_trainer(path, tmp_path, prompts_per_round=2, distillation_anchor="pass")
     assert "stage 2 never leaves its anchor" in caplog.text

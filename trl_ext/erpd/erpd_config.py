@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "signal": tuple(SIGNALS),
     "signal_normalization": ("standardize", "scale", "none"),
     "trust_region": ("ppo_clip", "drpo"),
-    "distillation_anchor": ("pass", "base"),
+    "distillation_anchor": ("base", "pass"),
 }
 
 
@@ -61,9 +61,9 @@ class ERPDConfig(GRPOConfig):
             Bound of the normalised signal. `None` for no bound.
         distillation_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 2.
-        distillation_anchor (`str`, *optional*, defaults to `"pass"`):
-            What stage 2's trust region is around: `"pass"`, the policy at the start of each pass over the set;
-            `"base"`, the base policy throughout.
+        distillation_anchor (`str`, *optional*, defaults to `"base"`):
+            What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
+            start of each pass over the set, which costs a pass of scoring each.
         trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
             Of stage 2: `"ppo_clip"` (`epsilon`, `epsilon_high`, `delta`) or `"drpo"` (`trust_region_radius`).
         trust_region_radius (`float`, *optional*):
@@ -122,10 +122,10 @@ class ERPDConfig(GRPOConfig):
     )
     distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
     distillation_anchor: str = field(
-        default="pass",
+        default="base",
         metadata={
-            "help": "What stage 2's trust region is around: 'pass', the policy at the start of each pass over the "
-            "set, or 'base', the base policy.",
+            "help": "What stage 2's trust region is around: 'base', the base policy, or 'pass', the policy at the "
+            "start of each pass over the set.",
             "choices": list(CHOICES["distillation_anchor"]),
         },
     )
