@@ -121,7 +121,7 @@ def run_all(settings: Sequence[Setting], policy: str, args: StudyArguments) -> d
 
 
 def degradation(args: StudyArguments) -> list[tuple[str, str, int]]:
-    """(losses, signal, passes): the plain signal at every number of passes, and what an unlearned reference rescues."""
+    """(losses, signal, passes): the plain signal by the number of passes, an unlearned reference after the most."""
     cases = [(losses, "teacher", passes) for losses in args.losses for passes in args.passes]
     return [*cases, (args.losses[0], "unlearned_reference", max(args.passes))]
 

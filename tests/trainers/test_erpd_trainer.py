@@ -658,6 +658,18 @@ def test_schedule_and_learning_rates():
     assert factor(18) == 0
 
 
+def test_updates_that_mixed_precision_has_skipped_do_not_shift_the_schedule(path, tmp_path):
+    trainer = make_trainer(path, tmp_path, extraction_learning_rate=1e-3)
+    trainer.create_optimizer_and_scheduler(16)
+    for _ in range(5):  # of 8 updates of stage 1, 3 were skipped
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    trainer.state.global_step = 8
+    trainer.restart_learning_rate()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
+
+
 # ---- masks and samplers
 
 
@@ -750,7 +762,7 @@ def test_settings_that_cannot_be_honoured(tmp_path, overrides, message):
 def test_data_that_cannot_be_honoured_is_refused_before_anything_is_loaded(tmp_path, overrides, dataset, message):
     args = ERPDConfig(**settings(tmp_path, **overrides))
     with pytest.raises(ValueError, match=message):
-        ERPDTrainer("no such model", right_or_wrong, args, dataset)
+        ERPDTrainer("no such model", right_or_wrong, args, dataset, tiny.prompts(4))
 
 
 def test_a_scheduler_of_ones_own_is_refused(path, tmp_path):

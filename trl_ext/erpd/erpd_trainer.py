@@ -9,23 +9,17 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import IterableDataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings
+from trl_ext.drpo.drpo_config import DEFAULT_RADIUS
 from trl_ext.drpo.drpo_trainer import CLIPPING_SETTINGS
-from trl_ext.erpd.erpd_config import (
-    ERPDConfig,
-    check_erpd_args,
-    default_radius,
-    phases_of,
-    resolve_prompts_per_round,
-    teachers_of,
-)
-from trl_ext.erpd.schedule import Phase, Schedule
+from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
+from trl_ext.erpd.erpd_config import ERPDConfig
+from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, phases_of, teachers_of
 from trl_ext.erpd.stages import Stages
 from trl_ext.losses import (
     TokenLoss,
@@ -116,7 +110,7 @@ class ERPDTrainer(PolicyLossTrainer):
         update = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self.schedule = Schedule(phases_of(self.args), self.prompts_per_round * self.num_generations // update)
         self._stages = Stages(self, self.schedule)
-        self.add_callback(_LogWherePhasesEnd(self.schedule))
+        self.add_callback(LogWherePhasesEnd(self.schedule))
 
     # ---- settings
 
@@ -125,23 +119,8 @@ class ERPDTrainer(PolicyLossTrainer):
         check_erpd_args(args, cls.__name__)
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
-        dataset, owner = self._given.get("train_dataset"), type(self).__name__
-        if dataset is None or isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"{owner} draws the prompts of each round from a data set of known length and cannot use "
-                f"train_dataset={type(dataset).__name__}: pass a datasets.Dataset, e.g. Dataset.from_list(rows)."
-            )
-        if images := {"image", "images"} & set(dataset.column_names):
-            raise ValueError(
-                f"{owner} keeps the tokens of its rollouts but no images, and cannot use the column "
-                f"{images.pop()!r}: remove it with dataset.remove_columns."
-            )
-        if self._given.get("optimizers", (None, None))[1] is not None:
-            raise ValueError(
-                f"{owner}'s learning rate starts anew with each stage, which a scheduler of your own does not: pass "
-                "optimizers=(optimizer, None), and set lr_scheduler_type and extraction_lr_scheduler_type."
-            )
-        self.prompts_per_round = resolve_prompts_per_round(args, len(dataset))
+        check_data(self._given, args, type(self).__name__)
+        self.prompts_per_round = resolve_prompts_per_round(args, len(self._given["train_dataset"]))
         # The reference of the KL term is the base policy, which has scored the set: TRL must not load another
         self._user_args, self._distillation_beta, args.beta = args, args.beta, 0.0
 
@@ -271,7 +250,7 @@ class ERPDTrainer(PolicyLossTrainer):
             advantages = inputs["signal"] + self.args.outcome_advantage_weight * advantages
             tensors = (per_token_logps, behaviour_logps, advantages, mask)
             if self.args.trust_region == "drpo":
-                token_loss = drpo_loss(*tensors, radius=default_radius(self.args))
+                token_loss = drpo_loss(*tensors, radius=self.args.trust_region_radius or DEFAULT_RADIUS["drpo"])
             else:
                 token_loss = policy_clip_loss(*tensors, **clip)
         elif phase.loss == "sapo":
@@ -339,17 +318,6 @@ class ERPDTrainer(PolicyLossTrainer):
             "teachers": [list(teacher) for teacher in teachers_of(self.args)],
             **{name: getattr(self.args, name) for name in names},
         }
-
-
-class _LogWherePhasesEnd(TrainerCallback):
-    """So that no log mixes the end of one phase with the beginning of the next."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.logging_strategy != "no" and self.schedule.ends_phase(state.global_step):
-            control.should_log = True
 
 
 # The constructor takes what its parent takes: say so to help() and to editors

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from transformers import get_scheduler
+from transformers import TrainerCallback, get_scheduler
+from trl import GRPOConfig
+
+from trl_ext.losses.signal import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -101,3 +105,55 @@ class Schedule:
             return height * course(step - start)
 
         return factor
+
+
+class LogWherePhasesEnd(TrainerCallback):
+    """So that no log mixes the end of one phase with the beginning of the next."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.logging_strategy != "no" and self.schedule.ends_phase(state.global_step):
+            control.should_log = True
+
+
+class Teacher(NamedTuple):
+    """One teacher of stage 1, and what stage 2 takes of it."""
+
+    loss: str
+    signal: str
+    weight: float
+
+
+def teachers_of(args: GRPOConfig) -> list[Teacher]:
+    """The teachers that the settings ask for."""
+    losses, signals = as_list(args.extraction_loss), as_list(args.signal)
+    signals = signals * len(losses) if len(signals) == 1 else signals
+    weights = [1 / len(losses)] * len(losses) if args.signal_weights is None else args.signal_weights
+    return [Teacher(*settings) for settings in zip(losses, signals, weights, strict=True)]
+
+
+def phases_of(args: GRPOConfig) -> list[Phase]:
+    """All phases of a run: in each round the policies that the signals need, then the distilled one."""
+    height = args.learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
+    extraction = LearningRate(height, args.extraction_lr_scheduler_type, args.extraction_warmup_steps)
+    distillation = LearningRate(args.learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
+    phases = []
+    for number in range(1, args.rounds + 1):
+        for index, teacher in enumerate(teachers_of(args)):
+            for policy in ("teacher", "unlearned"):
+                if policy in SIGNALS[teacher.signal]:
+                    phases.append(Phase(number, policy, index, teacher.loss, args.extraction_passes, extraction))
+        phases.append(Phase(number, "distilled", 0, "distillation", args.distillation_passes, distillation))
+    return phases
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    """Of a setting that may be one or several."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def as_text(setting: Any) -> str:
+    """The string of a setting that may be an enumeration's member."""
+    return str(getattr(setting, "value", setting))

@@ -9,11 +9,10 @@ import torch
 from accelerate.logging import get_logger
 
 from trl_ext.erpd.base_policy import WeightsCopy, clear_optimizer_state
-from trl_ext.erpd.erpd_config import teachers_of
 from trl_ext.erpd.fixed_set import FixedSet
 from trl_ext.erpd.measures import evaluating, measure_samples, own_samples, reduced
 from trl_ext.erpd.sampling import sample_fixed_set
-from trl_ext.erpd.schedule import Phase, Schedule
+from trl_ext.erpd.schedule import Phase, Schedule, teachers_of
 from trl_ext.losses import normalize_signal, token_signal
 from trl_ext.losses.signal import MIN_SIGNAL_STD, SIGNALS, mean_and_std, signal_moments
 from trl_ext.rollout_checkpoint import read_metadata
