@@ -88,7 +88,7 @@ class Stages:
             self._describe(phase, "sampling the set")
             self.fixed_set, facts = sample_fixed_set(self.trainer, phase.round)
             self.base.take()
-            facts |= {f"base/set_{name}": value for name, value in self._score("base").items() if name == "entropy"}
+            facts["base/set_entropy"] = self._score("base")["entropy"]  # its divergence from itself is 0
             self.base_measures = {}
             if self.trainer.eval_dataset is not None:
                 self._describe(phase, "measuring the base policy")
