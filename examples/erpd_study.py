@@ -33,7 +33,7 @@ from trl import TrlParser
 from trl_ext import ERPDConfig, ERPDTrainer
 
 
-PASSES = 8  # of stage 1, where the signals are compared
+PASSES = 4  # of stage 1, where the signals are compared
 SIGNALS = ("teacher", "unlearned_reference", "unlearned_teacher")
 
 
@@ -43,7 +43,7 @@ class StudyArguments:
         default_factory=lambda: ["sapo", "ce", "mse"],
         metadata={"help": "Extraction losses; `ce+mse` for two teachers."},
     )
-    passes: list[int] = field(default_factory=lambda: [2, 8, 24], metadata={"help": "Passes of stage 1: degradation."})
+    passes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Passes of stage 1: degradation."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
     questions: list[str] = field(
         default_factory=lambda: ["degradation", "signals"], metadata={"help": "Which of the two are run."}

@@ -184,9 +184,9 @@ def test_moments_add_up_over_batches():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [-1.0, 0.0, 5.0]),  # (1 - 3) / 2, (3 - 3) / 2, (23 - 3) / 2 = 10, clipped
+        ({}, [-1.0, 0.0, 2.0]),  # (1 - 3) / 2, (3 - 3) / 2, (23 - 3) / 2 = 10, clipped
         ({"clip": None}, [-1.0, 0.0, 10.0]),
-        ({"normalization": "scale"}, [0.5, 1.5, 5.0]),  # 23 / 2 = 11.5, clipped
+        ({"normalization": "scale", "clip": 5.0}, [0.5, 1.5, 5.0]),  # 23 / 2 = 11.5, clipped
         ({"normalization": "none", "clip": 4.0}, [1.0, 3.0, 4.0]),
     ],
 )

@@ -42,7 +42,7 @@ class ERPDConfig(GRPOConfig):
         signal_normalization (`str`, *optional*, defaults to `"standardize"`):
             Over the tokens of the set: `"standardize"` (mean 0, standard deviation 1), `"scale"` (only the latter) or
             `"none"`.
-        signal_clip (`float`, *optional*, defaults to `5.0`):
+        signal_clip (`float`, *optional*, defaults to `2.0`):
             Bound of the normalised signal. `None` for no bound.
         distillation_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 2.
@@ -103,7 +103,7 @@ class ERPDConfig(GRPOConfig):
         },
     )
     signal_clip: float | None = field(
-        default=5.0, metadata={"help": "Bound of the normalised signal. None for no bound."}
+        default=2.0, metadata={"help": "Bound of the normalised signal. None for no bound."}
     )
     distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
     distillation_anchor: str = field(

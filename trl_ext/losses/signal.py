@@ -65,7 +65,7 @@ def normalize_signal(
     mean: float,
     std: float,
     normalization: str = "standardize",
-    clip: float | None = 5.0,
+    clip: float | None = 2.0,
 ) -> torch.Tensor:
     r"""
     \\( \mathrm{clamp}((s_t - m) / d, -c, c) \\), of shape `(batch, time)`, 0 where masked. Our choice.
@@ -78,7 +78,7 @@ def normalize_signal(
     Args:
         mean (`float`), std (`float`):
             Over the tokens of the whole set, all processes.
-        clip (`float`, *optional*, defaults to `5.0`):
+        clip (`float`, *optional*, defaults to `2.0`):
             \\( c \\). `None` for no bound.
     """
     if std < MIN_SIGNAL_STD:
