@@ -69,6 +69,13 @@ def test_resume_of_an_adapter_with_two_teachers_accumulation_and_a_sampler(path,
     )  # fmt: skip
 
 
+def test_a_resumed_run_still_knows_how_good_the_base_was(path, tmp_path):
+    measured = {"eval_dataset": tiny.prompts(4), "per_device_eval_batch_size": 8}
+    whole = run(path, tmp_path, **measured)
+    resumed = run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-3"), **measured)
+    assert resumed._stages.base_measures == whole._stages.base_measures != {}
+
+
 def test_a_run_can_be_given_more_rounds(path, tmp_path):
     short = run(path, tmp_path, extraction_passes=1, distillation_passes=1)
     longer = run(path, tmp_path / "longer", resume=str(tmp_path / "checkpoint-4"), extraction_passes=1,

@@ -468,9 +468,12 @@ def test_divergence_and_entropy_are_those_of_full_distributions(path, tmp_path, 
 
 
 def test_measuring_does_not_change_the_training(path, tmp_path):
-    plain = make_trainer(path, tmp_path)
+    plain = make_trainer(path, tmp_path, rounds=2, extraction_passes=1, distillation_passes=1)
     plain.train()
-    measured = make_trainer(path, tmp_path, eval_dataset=tiny.prompts(8), per_device_eval_batch_size=8)
+    measured = make_trainer(
+        path, tmp_path, rounds=2, extraction_passes=1, distillation_passes=1, eval_dataset=tiny.prompts(8),
+        per_device_eval_batch_size=8,
+    )  # fmt: skip
     measured.train()
     assert_equal(parameters(measured), parameters(plain))
 
@@ -658,16 +661,32 @@ def test_schedule_and_learning_rates():
     assert factor(18) == 0
 
 
-def test_updates_that_mixed_precision_has_skipped_do_not_shift_the_schedule(path, tmp_path):
-    trainer = make_trainer(path, tmp_path, extraction_learning_rate=1e-3)
-    trainer.create_optimizer_and_scheduler(16)
-    for _ in range(5):  # of 8 updates of stage 1, 3 were skipped
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
-    trainer.state.global_step = 8
-    trainer.restart_learning_rate()
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3)
+def test_updates_that_mixed_precision_has_skipped_do_not_shift_the_schedule(path, tmp_path, monkeypatch):
+    trainer = make_trainer(path, tmp_path, extraction_learning_rate=1e-3, lr_scheduler_type="linear")
+    skipped = property(lambda accelerator: trainer.state.global_step < 3)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skipped)
+    trainer.train()
+    rates = [log["learning_rate"] for log in with_key(trainer, "loss")]
+    assert rates == pytest.approx([1e-3] * 8 + [3e-3 * (8 - i) / 8 for i in range(8)])
+
+
+def test_each_pass_has_an_order_of_its_own(path, tmp_path):
+    orders = []
+
+    class Watched(ERPDTrainer):
+        def training_step(self, *args):
+            loss = super().training_step(*args)
+            orders.append(self._stages._pass)
+            return loss
+
+    for _ in range(2):
+        make_trainer(path, tmp_path, trainer_class=Watched, prompts_per_round=16, extraction_passes=2).train()
+    first, second = orders[:32], orders[32:]
+    assert first == second
+    of_pass = dict(first)
+    assert list(of_pass) == [0, 1, 2, 3]
+    assert len({tuple(order) for order in of_pass.values()}) == 4
+    assert all(sorted(order) == list(range(8)) for order in of_pass.values())
 
 
 # ---- masks and samplers

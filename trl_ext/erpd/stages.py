@@ -85,9 +85,9 @@ class Stages:
 
     def _begin_phase(self, phase: Phase, new_round: bool) -> None:
         if new_round:
+            self.base.take()
             self._describe(phase, "sampling the set")
             self.fixed_set, facts = sample_fixed_set(self.trainer, phase.round)
-            self.base.take()
             facts["base/set_entropy"] = self._score("base")["entropy"]  # its divergence from itself is 0
             self.base_measures = {}
             if self.trainer.eval_dataset is not None:
