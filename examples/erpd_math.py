@@ -40,16 +40,14 @@ EMBEDDED_DEFAULTS = {
     "prompts_per_round": 128,
     "num_generations": 16,
     "extraction_passes": 8,
-    "extraction_learning_rate": 2e-5,
+    "extraction_learning_rate": 5e-5,
     "distillation_passes": 4,
-    "learning_rate": 3e-5,
+    "learning_rate": 5e-5,
     "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 64,
+    "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 400,
-    "steps_per_generation": 4,
-    "gradient_accumulation_steps": 1,
     "max_completion_length": 2 * TOKENS_PER_DIGIT,
-    "logging_steps": 8,
+    "logging_steps": 4,
     "bf16": False,
     "gradient_checkpointing": False,
 }
@@ -186,7 +184,7 @@ def draw_stages(log_history: list[dict[str, Any]], path: Path) -> str:
 def parse_arguments() -> tuple[ERPDScriptArguments, ERPDConfig, ModelConfig]:
     """Flags over the config file (`--config`) over, in the embedded task, `EMBEDDED_DEFAULTS` over TRL's defaults."""
     first_look = TrlParser((ERPDScriptArguments, ModelConfig), allow_abbrev=False, add_help=False)
-    script_args, model_args, others = first_look.parse_args_and_config(return_remaining_strings=True)
+    script_args, model_args, _ = first_look.parse_args_and_config(return_remaining_strings=True)
     if (script_args.dataset_name is None) != (model_args.model_name_or_path is None):
         raise ValueError(
             "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded policy "
@@ -194,11 +192,7 @@ def parse_arguments() -> tuple[ERPDScriptArguments, ERPDConfig, ModelConfig]:
         )
     parser = TrlParser((ERPDScriptArguments, ERPDConfig, ModelConfig), allow_abbrev=False)
     if script_args.dataset_name is None:
-        given = {flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in others}
-        # TRL takes this one only where the other is not given
-        hindered = {"steps_per_generation": "generation_batch_size"}
-        defaults = {name: value for name, value in EMBEDDED_DEFAULTS.items() if hindered.get(name) not in given}
-        parser.set_defaults_with_config(**defaults)
+        parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
     return parser.parse_args_and_config()
 
 

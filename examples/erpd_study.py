@@ -43,7 +43,7 @@ class StudyArguments:
         default_factory=lambda: ["sapo", "ce", "mse"],
         metadata={"help": "Extraction losses; `ce+mse` for two teachers."},
     )
-    passes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Passes of stage 1: degradation."})
+    passes: list[int] = field(default_factory=lambda: [2, 4, 16], metadata={"help": "Passes of stage 1: degradation."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
     questions: list[str] = field(
         default_factory=lambda: ["degradation", "signals"], metadata={"help": "Which of the two are run."}
@@ -200,7 +200,7 @@ def main(args: StudyArguments) -> None:
     size: dict[str, Any] = {}
     if args.smoke:
         args.losses, args.passes, args.seeds, args.questions = ["ce"], [1, 2], [0], ["degradation"]
-        size = {"prompts": 16, "num_held_out": 20}
+        size = {"prompts": 16, "num_held_out": 20}  # one update a pass
     cases = dict.fromkeys(case for question in args.questions for case in QUESTIONS[question](args))
     settings = [
         Setting(losses, signal, passes, seed, **size)

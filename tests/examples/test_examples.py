@@ -181,6 +181,7 @@ def test_benchmark_step(tmp_path, cache, trainer):
 
 
 ERPD_QUICK = ["--prompts_per_round", 16, "--extraction_passes", 2, "--distillation_passes", 2, "--logging_steps", 1]
+ERPD_QUICK += ["--per_device_train_batch_size", 64]
 
 
 def test_erpd_math_embedded(tmp_path, cache):
@@ -219,7 +220,8 @@ def test_erpd_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
 
 def test_erpd_math_on_two_processes(tmp_path, cache):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    out = run("erpd_math.py", tmp_path, cache, *ERPD_QUICK, "--num_held_out", 31, "--use_cpu", launch=launch)
+    flags = [*ERPD_QUICK, "--num_held_out", 31, "--use_cpu"]
+    out = run("erpd_math.py", tmp_path, cache, *flags, launch=launch)
     assert out.count("distilled policy") == 1
 
 
