@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from trl import GRPOConfig
@@ -35,7 +35,8 @@ def as_config(args: GRPOConfig | None, config_class: type[ConfigT], model: Any, 
     converted: Any = copy.copy(args)
     for setting in fields(config_class):
         if not hasattr(converted, setting.name):
-            setattr(converted, setting.name, setting.default)
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            setattr(converted, setting.name, default)
     if type(args) is GRPOConfig:  # so that our settings reach the logs and training_args.bin too
         converted.__class__ = config_class
     return converted

@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.fixed_set import arrange, collate, rows_of, share_out
-from trl_ext.erpd.schedule import LearningRate, Phase, Schedule
+from trl_ext.erpd.schedule import LearningRate, Phase, Schedule, teachers_of
 from trl_ext.erpd.stages import Stages
 
 
@@ -154,6 +154,19 @@ def test_evaluation_in_any_stage(path, tmp_path):
     trainer.train()
     assert [(log["step"], log["stage"]) for log in with_key(trainer, "eval_reward")] == [(6, 1), (12, 2), (16, 2)]
     assert "eval_kl" not in with_key(trainer, "eval_reward")[0]
+
+
+def test_settings_on_the_command_line():
+    parser = TrlParser((ERPDConfig,))
+    flags = ["--output_dir", "out", "--bf16", "False"]
+    (args,) = parser.parse_args_and_config(flags)
+    assert (args.extraction_loss, args.signal, args.signal_weights) == (["ce"], ["teacher"], None)
+    several = ["--extraction_loss", "ce", "mse", "--signal", "unlearned_reference", "--signal_weights", "0.5", "2"]
+    (args,) = parser.parse_args_and_config(flags + several)
+    assert [tuple(teacher) for teacher in teachers_of(args)] == [
+        ("ce", "unlearned_reference", 0.5),
+        ("mse", "unlearned_reference", 2.0),
+    ]
 
 
 # ---- the losses

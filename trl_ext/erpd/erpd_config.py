@@ -67,7 +67,8 @@ class ERPDConfig(GRPOConfig):
         },
     )
     extraction_loss: str | list[str] = field(
-        default="ce", metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. Several make several teachers."}
+        default_factory=lambda: ["ce"],
+        metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. Several make several teachers."},
     )
     extraction_passes: int = field(
         default=16, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
@@ -85,7 +86,7 @@ class ERPDConfig(GRPOConfig):
         default=0.5, metadata={"help": "Scale of the implicit reward of 'ce' and 'mse', in 1 / nats."}
     )
     signal: str | list[str] = field(
-        default="teacher",
+        default_factory=lambda: ["teacher"],
         metadata={
             "help": "What is distilled: 'teacher', 'unlearned_reference' or 'unlearned_teacher'. One for all "
             "teachers, or one each."
