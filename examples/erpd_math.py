@@ -39,7 +39,7 @@ EMBEDDED_DEFAULTS = {
     "output_dir": "erpd_math_output",
     "prompts_per_round": 128,
     "num_generations": 16,
-    "extraction_passes": 8,
+    "extraction_passes": 16,
     "extraction_learning_rate": 5e-5,
     "distillation_passes": 4,
     "learning_rate": 5e-5,
@@ -47,7 +47,7 @@ EMBEDDED_DEFAULTS = {
     "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 400,
     "max_completion_length": 2 * TOKENS_PER_DIGIT,
-    "logging_steps": 4,
+    "logging_steps": 8,  # a pass
     "bf16": False,
     "gradient_checkpointing": False,
 }
