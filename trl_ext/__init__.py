@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "DRPOConfig": "trl_ext.drpo.drpo_config",
     "DRPOTrainer": "trl_ext.drpo.drpo_trainer",
+    "ERPDConfig": "trl_ext.erpd.erpd_config",
+    "ERPDTrainer": "trl_ext.erpd.erpd_trainer",
     "PolicyLossTrainer": "trl_ext.policy_loss_trainer",
     "RLADConfig": "trl_ext.rlad.rlad_config",
     "RLADTrainer": "trl_ext.rlad.rlad_trainer",
@@ -18,6 +20,8 @@ _MODULES = {
 __all__ = [
     "DRPOConfig",
     "DRPOTrainer",
+    "ERPDConfig",
+    "ERPDTrainer",
     "PolicyLossTrainer",
     "RLADConfig",
     "RLADTrainer",
@@ -28,6 +32,8 @@ __all__ = [
 if TYPE_CHECKING:
     from trl_ext.drpo.drpo_config import DRPOConfig
     from trl_ext.drpo.drpo_trainer import DRPOTrainer
+    from trl_ext.erpd.erpd_config import ERPDConfig
+    from trl_ext.erpd.erpd_trainer import ERPDTrainer
     from trl_ext.policy_loss_trainer import PolicyLossTrainer
     from trl_ext.rlad.rlad_config import RLADConfig
     from trl_ext.rlad.rlad_trainer import RLADTrainer

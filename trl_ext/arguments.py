@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from transformers import TrainingArguments
@@ -37,7 +37,8 @@ def as_config(args: TrainingArguments | None, config_class: type[ConfigT], model
     converted: Any = copy.copy(args)
     for setting in fields(config_class):
         if not hasattr(converted, setting.name):
-            setattr(converted, setting.name, setting.default)
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            setattr(converted, setting.name, default)
     if type(args) is plain_class:  # so that our settings reach the logs and training_args.bin too
         converted.__class__ = config_class
     return converted

@@ -156,15 +156,22 @@ class PolicyLossTrainer(GRPOTrainer):
         trainer's temperature and in micro-batches: of shape `(batch, time)`.
         """
         mode = "train" if self.model.training else "eval"
-        logps, _, _ = self._get_per_token_logps_and_entropies(
+        return self._score(model, batch, batch_size=getattr(self.args, f"per_device_{mode}_batch_size"))[0]
+
+    def score_micro_batch(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of a micro-batch's completions under the policy, and its entropies, both in nats."""
+        logps, entropies, _ = self._score(self.model, batch, compute_entropy=True)
+        return logps, entropies
+
+    def _score(self, model: Any, batch: dict[str, Any], **settings: Any) -> tuple[Any, ...]:
+        return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].shape[1],
-            batch_size=getattr(self.args, f"per_device_{mode}_batch_size"),
             **{name: batch[name] for name in VISION_INPUTS if name in batch},
+            **settings,
         )
-        return logps
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
@@ -279,6 +286,9 @@ class PolicyLossTrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        self._save_rollouts(output_dir)
+
+    def _save_rollouts(self, output_dir: str) -> None:
         process = self.accelerator.process_index
         if self._buffered_inputs is not None and self._step % self._generate_every != 0:
             save_rollouts(output_dir, self._buffered_inputs, self._step, self._run_identity(), process)
@@ -287,8 +297,10 @@ class PolicyLossTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        if checkpoint is not None:
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
         device = self.accelerator.device
         rollouts = load_rollouts(checkpoint, self._run_identity(), self.accelerator.process_index, device)
         loaded = self.accelerator.gather(torch.tensor([rollouts is not None], device=device))

@@ -25,22 +25,13 @@ def save_rollouts(folder: str, batches: Batches, step: int, run: dict[str, Any],
         run (`dict[str, Any]`):
             What a run that goes on with these rollouts must have in common with this one.
     """
-    tensors, others = {}, []
-    for i, batch in enumerate(batches):
-        others.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{i}/{name}"] = value.contiguous().clone()  # slices of one rollout batch share its memory
     try:
-        metadata = {"step": str(step), "run": json.dumps(run), "others": json.dumps(others)}
+        write_batches(_path(folder, process_index), batches, {"step": str(step), "run": json.dumps(run)})
     except TypeError as error:
         logger.warning(
             f"The rollouts in use are not in this checkpoint, from which the run resumes but not exactly, because a "
             f"batch holds what is neither a tensor nor plain data ({error}): make it a tensor."
         )
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
-    save_file(tensors, _path(folder, process_index), metadata=metadata)
 
 
 def load_rollouts(
@@ -50,21 +41,15 @@ def load_rollouts(
     path = _path(folder, process_index)
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        theirs = json.loads(metadata["run"])
-        if theirs != run:
-            changes = ", ".join(f"{k} {theirs.get(k)} -> {run.get(k)}" for k in run if theirs.get(k) != run.get(k))
-            logger.warning(
-                f"The checkpoint's rollouts do not fit this run ({changes}) and are sampled anew: it resumes, but not "
-                "exactly."
-            )
-            return None
-        batches: Batches = json.loads(metadata["others"])
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            index, name = key.split("/", 1)
-            batches[int(index)][name] = file.get_tensor(key).to(device)
-    return batches, int(metadata["step"])
+    theirs = json.loads(read_metadata(path)["run"])
+    if theirs != run:
+        changes = ", ".join(f"{k} {theirs.get(k)} -> {run.get(k)}" for k in run if theirs.get(k) != run.get(k))
+        logger.warning(
+            f"The checkpoint's rollouts do not fit this run ({changes}) and are sampled anew: it resumes, but not "
+            "exactly."
+        )
+        return None
+    return read_batches(path, device), int(read_metadata(path)["step"])
 
 
 def remove_rollouts(folder: str, process_index: int) -> None:
@@ -74,3 +59,32 @@ def remove_rollouts(folder: str, process_index: int) -> None:
 
 def _path(folder: str, process_index: int) -> Path:
     return Path(folder) / f"rollouts_{process_index}.safetensors"
+
+
+def write_batches(path: Path, batches: Batches, metadata: dict[str, str]) -> None:
+    """Writes batches of tensors and plain data, and whatever else is worth a string, as safetensors."""
+    tensors, others = {}, []
+    for i, batch in enumerate(batches):
+        others.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{i}/{name}"] = value.contiguous().clone()  # slices of one rollout batch share its memory
+    metadata = {**metadata, "others": json.dumps(others)}
+    path.parent.mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
+    save_file(tensors, path, metadata=metadata)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that `write_batches` was given."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def read_batches(path: Path, device: torch.device) -> Batches:
+    """The batches that `write_batches` was given."""
+    with safe_open(path, framework="pt") as file:
+        batches: Batches = json.loads(file.metadata()["others"])
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            index, name = key.split("/", 1)
+            batches[int(index)][name] = file.get_tensor(key).to(device)
+    return batches

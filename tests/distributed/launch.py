@@ -1,4 +1,4 @@
-"""Runs a script on one process or several, and compares what they trained."""
+"""Runs a script on one process or several, as a user would launch it, and compares what they trained."""
 
 import importlib.util
 import subprocess
@@ -14,8 +14,8 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def run(script, path, out, processes, *flags, zero_stage=None):
-    """The final weights and the logs of a script."""
+def run_script(script, path, out, processes, *flags, zero_stage=None):
+    """The final weights and the logs that the script has written to `out`."""
     out.mkdir()
     if zero_stage is None:
         launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]

@@ -1,24 +1,21 @@
 """Two processes on CPU (DDP, ZeRO-2, ZeRO-3) train what one process trains."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from distributed import launch
-from distributed.launch import assert_same_training, needs_deepspeed
+from launch import assert_same_training, needs_deepspeed, run_script
 
 
 SCRIPT = Path(__file__).with_name("train_once.py")
+run = partial(run_script, SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
-def run(path, out, processes, *flags, zero_stage=None):
-    return launch.run(SCRIPT, path, out, processes, *flags, zero_stage=zero_stage)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from distributed import launch
-from distributed.launch import assert_same_training, needs_deepspeed
+from launch import assert_same_training, needs_deepspeed, run_script
 
 
 SCRIPT = Path(__file__).with_name("train_tropd_once.py")
@@ -19,7 +18,7 @@ def paths(tmp_path_factory):
 
 def run(paths, out, processes, *flags, zero_stage=None):
     student, teacher = paths
-    return launch.run(SCRIPT, student, out, processes, "--teacher", teacher, *flags, zero_stage=zero_stage)
+    return run_script(SCRIPT, student, out, processes, "--teacher", teacher, *flags, zero_stage=zero_stage)
 
 
 @pytest.fixture(scope="module")

@@ -226,3 +226,62 @@ def test_benchmark_distillation(tmp_path, cache):
     flags += ["--hidden_size", 128, "--layers", 1, "--vocabulary", 500, "--batch_size", 2, "--length", 8]
     out = run("benchmark_distillation.py", tmp_path, cache, *flags)
     assert out.count("| loss |") == out.count("| step |") == 1
+
+
+# ---- erpd_math.py
+
+
+ERPD_QUICK = ["--prompts_per_round", 16, "--extraction_passes", 2, "--distillation_passes", 2, "--logging_steps", 1]
+ERPD_QUICK += ["--per_device_train_batch_size", 64]
+
+
+def test_erpd_math_embedded(tmp_path, cache):
+    out = run("erpd_math.py", tmp_path, cache, *ERPD_QUICK, "--num_held_out", 32)
+    rows = [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("| 1 ")]
+    assert rows == ["base policy", "extreme region policy (ce)", "distilled policy"]
+    assert "16 updates in" in out  # 256 rollouts, 64 an update, 2 and 2 passes
+    assert (tmp_path / "erpd_math_output" / "stages.png").stat().st_size > 10_000
+    assert (tmp_path / "erpd_math_output" / "model.safetensors").exists()
+
+
+def test_erpd_math_takes_flags_before_its_defaults(tmp_path, cache):
+    flags = [*ERPD_QUICK, "--extraction_loss", "mse", "ce", "--signal", "unlearned_reference", "--rounds", 2]
+    flags += ["--output_dir", "elsewhere", "--num_held_out", 0, "--save_steps", 10]
+    out = run("erpd_math.py", tmp_path, cache, *flags)
+    assert "| 2     | unlearned policy (ce)" in out
+    assert "80 updates" in out  # 2 rounds, 4 policies of 2 passes in stage 1, 4 updates a pass
+    resumed = run("erpd_math.py", tmp_path, cache, *flags, "--resume_from_checkpoint", "elsewhere/checkpoint-30")
+    assert [line for line in resumed.splitlines() if line.startswith("| ")] == [
+        line for line in out.splitlines() if line.startswith("| ")
+    ]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_erpd_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
+    problems = write_problems(tmp_path / "problems.jsonl")
+    path = tiny.save_policy(tmp_path / "policy")
+    (tmp_path / "settings.yaml").write_text("extraction_passes: 1\ndistillation_passes: 1\nbf16: false\n")
+    flags = ["--model_name_or_path", path, "--dataset_name", problems, "--config", "settings.yaml"]
+    flags += ["--max_completion_length", 8, "--num_held_out", 4, "--output_dir", "out", "--report_to", "none"]
+    out = run("erpd_math.py", tmp_path, cache, *flags, *(["--use_peft", "--lora_r", 2] if lora else []))
+    assert "distilled policy" in out
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (tmp_path / "out" / weights).exists()
+
+
+def test_erpd_math_on_two_processes(tmp_path, cache):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = [*ERPD_QUICK, "--num_held_out", 31, "--use_cpu"]
+    out = run("erpd_math.py", tmp_path, cache, *flags, launch=launch)
+    assert out.count("distilled policy") == 1
+
+
+def test_erpd_study(tmp_path, cache):
+    out = run("erpd_study.py", tmp_path, cache, "--smoke")
+    assert "| ce              | unlearned_reference | 2" in out
+    assert len(list((tmp_path / "erpd_study").glob("ce_*.json"))) == 3
+    assert (tmp_path / "erpd_study" / "degradation.png").stat().st_size > 10_000
+    again = run("erpd_study.py", tmp_path, cache, "--smoke")
+    assert [line for line in again.splitlines() if line.startswith("| ce")] == [
+        line for line in out.splitlines() if line.startswith("| ce")
+    ]

@@ -1,0 +1,155 @@
+"""What ERPD refuses before anything is loaded: each in one sentence, with the mend."""
+
+import math
+from typing import Any
+
+from datasets import IterableDataset
+from trl import GRPOConfig
+
+from trl_ext.arguments import changed_settings, check_policy_loss_args
+from trl_ext.erpd.schedule import as_list, as_text
+from trl_ext.losses.signal import SIGNALS
+
+
+EXTRACTION_LOSSES = ("sapo", "ce", "mse")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "extraction_loss": EXTRACTION_LOSSES,
+    "signal": tuple(SIGNALS),
+    "signal_normalization": ("standardize", "scale", "none"),
+    "trust_region": ("ppo_clip", "drpo"),
+    "distillation_anchor": ("base", "pass"),
+}
+
+
+def resolve_prompts_per_round(args: GRPOConfig, num_prompts: int) -> int:
+    """The size of the set: whole optimizer steps and whole generations, or a `ValueError` that says what to set."""
+    update = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    unit = math.lcm(update, args.generation_batch_size) // args.num_generations
+    wanted, smaller = args.prompts_per_round, "per_device_train_batch_size, gradient_accumulation_steps or "
+    smaller += "steps_per_generation"
+    if num_prompts < unit:
+        raise ValueError(
+            f"The data set's {num_prompts} prompts with {args.num_generations} rollouts each are less than one batch, "
+            f"which takes {unit} prompts: give more prompts, or lower {smaller}."
+        )
+    if wanted is None:
+        return max(min(1000, num_prompts) // unit, 1) * unit
+    if wanted > num_prompts:
+        raise ValueError(
+            f"prompts_per_round={wanted} is more than the data set has: set it to {num_prompts // unit * unit} or "
+            "less."
+        )
+    if wanted < unit:
+        raise ValueError(
+            f"prompts_per_round={wanted} with {args.num_generations} rollouts each is less than one batch: set it to "
+            f"{unit}, or lower {smaller}."
+        )
+    if wanted % unit:
+        raise ValueError(
+            f"prompts_per_round={wanted} does not make whole batches of {unit} prompts with {args.num_generations} "
+            f"rollouts each: set it to {wanted // unit * unit}."
+        )
+    return wanted
+
+
+def check_erpd_args(args: GRPOConfig, owner: str) -> None:
+    """Raises a `ValueError`, in one sentence with the mend, for settings that ERPD cannot honour."""
+    check_policy_loss_args(args, owner)
+    for name, choices in CHOICES.items():
+        for value in as_list(getattr(args, name)):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown: set it to one of {', '.join(map(repr, choices))}.")
+    losses, signals, weights = as_list(args.extraction_loss), as_list(args.signal), args.signal_weights
+    if not losses:
+        raise ValueError("extraction_loss is empty, so that there is no teacher: set it to 'ce', for example.")
+    if len(set(losses)) < len(losses):
+        raise ValueError(f"extraction_loss={losses} names a loss twice, and twice the same teacher: name each once.")
+    if len(signals) not in (1, len(losses)):
+        raise ValueError(f"There are {len(losses)} teachers and {len(signals)} signals: give one signal, or one each.")
+    if weights is not None and len(weights) != len(losses):
+        raise ValueError(f"There are {len(losses)} teachers and {len(weights)} signal_weights: give one each.")
+    if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+        raise ValueError(f"signal_weights={weights} leave nothing to distil: give finite numbers, not all 0.")
+    for name in ("rounds", "extraction_passes", "distillation_passes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
+    for name in ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip", "trust_region_radius"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value} must be a positive number: set it to one.")
+    if not math.isfinite(args.outcome_advantage_weight) or not args.extraction_warmup_steps >= 0:
+        raise ValueError(
+            f"outcome_advantage_weight={args.outcome_advantage_weight} must be finite and extraction_warmup_steps="
+            f"{args.extraction_warmup_steps} at least 0: set them so."
+        )
+    if args.trust_region_radius is not None and args.trust_region != "drpo":
+        raise ValueError(
+            f"trust_region_radius={args.trust_region_radius} has no meaning for trust_region={args.trust_region!r}: "
+            "remove it and set epsilon, or set trust_region to 'drpo'."
+        )
+    _check_trl_args(args, owner)
+
+
+def _check_trl_args(args: GRPOConfig, owner: str) -> None:
+    """Settings of GRPO and transformers that have no place in a run of two stages."""
+    if changed := changed_settings(args, ("max_steps", "num_train_epochs")):
+        settings = ", ".join(f"{name}={value}" for name, value in changed.items())
+        raise ValueError(
+            f"{settings} would end {owner}'s run within a stage, because rounds, passes and the set say how long it "
+            "is: remove it, and set prompts_per_round, extraction_passes, distillation_passes or rounds."
+        )
+    if args.num_iterations != 1:
+        raise ValueError(
+            f"num_iterations={args.num_iterations} has no meaning where a fixed set is passed over: set it to 1, and "
+            "extraction_passes and distillation_passes to the passes you want."
+        )
+    for name in ("extraction_lr_scheduler_type", "lr_scheduler_type"):
+        if as_text(getattr(args, name)) in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"{name}={as_text(getattr(args, name))!r} goes by evaluations and cannot start anew with each stage: "
+                "set it to 'constant', 'linear' or 'cosine', for example."
+            )
+    refused = {
+        "off_policy_mask_threshold": (None, "judges a sequence by its one advantage, and here each token has its own"),
+        "sync_ref_model": (False, "moves the reference, which is the base policy of each round"),
+        "load_best_model_at_end": (
+            False,
+            "would load a checkpoint of whatever stage in place of the distilled policy",
+        ),
+        "ignore_data_skip": (False, "would make a resumed run begin its pass over the set again"),
+    }
+    for name, (value, reason) in refused.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{name}={getattr(args, name)} {reason}: set it to {value}.")
+    if str(as_text(args.optim)).startswith("schedule_free"):
+        raise ValueError(
+            f"optim={as_text(args.optim)!r} keeps its averages outside of its state, which each stage starts without: "
+            "set it to 'adamw_torch_fused', for example."
+        )
+
+
+def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
+    """Raises a `ValueError` for arguments of the trainer's constructor that ERPD cannot honour."""
+    dataset = given.get("train_dataset")
+    if dataset is None or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{owner} draws the prompts of each round from a data set of known length and cannot use train_dataset="
+            f"{type(dataset).__name__}: pass a datasets.Dataset, e.g. Dataset.from_list(rows)."
+        )
+    if images := {"image", "images"} & set(dataset.column_names):
+        raise ValueError(
+            f"{owner} keeps the tokens of its rollouts but no images, and cannot use the column {images.pop()!r}: "
+            "remove it with dataset.remove_columns."
+        )
+    if given.get("optimizers", (None, None))[1] is not None:
+        raise ValueError(
+            f"{owner}'s learning rate starts anew with each stage, which a scheduler of your own does not: pass "
+            "optimizers=(optimizer, None), and set lr_scheduler_type and extraction_lr_scheduler_type."
+        )
+    completions = args.num_generations_eval or args.num_generations
+    if given.get("eval_dataset") is not None and args.per_device_eval_batch_size * args.world_size % completions:
+        raise ValueError(
+            f"The held-out prompts are measured with {completions} completions each, which batches of "
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} on {args.world_size} process(es) would "
+            "tear apart: set num_generations_eval=1, or per_device_eval_batch_size to a multiple."
+        )

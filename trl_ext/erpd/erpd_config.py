@@ -1,0 +1,135 @@
+"""Settings of [`ERPDTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from trl_ext.erpd.checks import CHOICES, check_erpd_args
+
+
+@dataclass
+class ERPDConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`ERPDTrainer`]: all of [`~trl.GRPOConfig`], and the two stages.
+
+    GRPO's own settings of the update (`learning_rate`, `lr_scheduler_type`, `warmup_steps`, `beta`, `epsilon`,
+    `loss_type`, ...) are those of stage 2, which makes the policy that remains. `num_generations` is the number of
+    rollouts a prompt; the paper has 16.
+
+    Parameters:
+        rounds (`int`, *optional*, defaults to `1`):
+            How often the two stages run, each time from the result of the last.
+        prompts_per_round (`int`, *optional*):
+            Prompts of the fixed set of a round. `None`: 1000 as in the paper, or as many as the data set has, rounded
+            down to whole batches.
+        extraction_loss (`str` or `list[str]`, *optional*, defaults to `"ce"`):
+            Stage 1's objective, `"sapo"`, `"ce"` or `"mse"`; several make several teachers.
+        extraction_passes (`int`, *optional*, defaults to `16`):
+            Passes over the set in stage 1, for each policy that is trained there.
+        extraction_learning_rate (`float`, *optional*):
+            Learning rate of stage 1. `None`: `learning_rate`.
+        extraction_warmup_steps (`float`, *optional*, defaults to `0`):
+            Warm-up of stage 1, in updates, or below 1 as a share of them.
+        extraction_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Course of the learning rate over stage 1.
+        extraction_beta (`float`, *optional*, defaults to `0.5`):
+            \\( \beta_r \\), the scale of the implicit reward of `"ce"` and `"mse"`, in 1 / nats.
+        signal (`str` or `list[str]`, *optional*, defaults to `"teacher"`):
+            What is distilled: `"teacher"`, `"unlearned_reference"` or `"unlearned_teacher"`. One for all teachers, or
+            one each.
+        signal_weights (`list[float]`, *optional*):
+            Weight of each teacher's signal. `None`: all 1, divided by their number.
+        signal_normalization (`str`, *optional*, defaults to `"standardize"`):
+            Over the tokens of the set: `"standardize"` (mean 0, standard deviation 1), `"scale"` (only the latter) or
+            `"none"`.
+        signal_clip (`float`, *optional*, defaults to `2.0`):
+            Bound of the normalised signal. `None` for no bound.
+        distillation_passes (`int`, *optional*, defaults to `4`):
+            Passes over the set in stage 2.
+        distillation_anchor (`str`, *optional*, defaults to `"base"`):
+            What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
+            start of each pass over the set, which costs a pass of scoring each.
+        trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
+            Of stage 2: `"ppo_clip"` (`epsilon`, `epsilon_high`, `delta`) or `"drpo"` (`trust_region_radius`).
+        trust_region_radius (`float`, *optional*):
+            For `"drpo"`, in absolute probability. `None`: 0.15.
+        outcome_advantage_weight (`float`, *optional*, defaults to `0.0`):
+            What of GRPO's outcome advantage is added to the signal in stage 2.
+        keep_teachers (`bool`, *optional*, defaults to `False`):
+            Whether the policies of stage 1 are saved, to `output_dir/round-1/teacher_ce` and so on.
+    """
+
+    rounds: int = field(default=1, metadata={"help": "How often the two stages run, each time from the last result."})
+    prompts_per_round: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of a round's fixed set. None: 1000, or all of a smaller data set, in whole batches."
+        },
+    )
+    extraction_loss: str | list[str] = field(
+        default_factory=lambda: ["ce"],
+        metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. Several make several teachers."},
+    )
+    extraction_passes: int = field(
+        default=16, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
+    )
+    extraction_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of stage 1. None: learning_rate, which is stage 2's."}
+    )
+    extraction_warmup_steps: float = field(
+        default=0, metadata={"help": "Warm-up of stage 1, in updates, or below 1 as a share of them."}
+    )
+    extraction_lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Course of the learning rate over stage 1."}
+    )
+    extraction_beta: float = field(
+        default=0.5, metadata={"help": "Scale of the implicit reward of 'ce' and 'mse', in 1 / nats."}
+    )
+    signal: str | list[str] = field(
+        default_factory=lambda: ["teacher"],
+        metadata={
+            "help": "What is distilled: 'teacher', 'unlearned_reference' or 'unlearned_teacher'. One for all "
+            "teachers, or one each."
+        },
+    )
+    signal_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each teacher's signal. None: all alike, with the sum 1."}
+    )
+    signal_normalization: str = field(
+        default="standardize",
+        metadata={
+            "help": "Over the tokens of the set: 'standardize' (mean 0, standard deviation 1), 'scale' (only the "
+            "latter) or 'none'.",
+            "choices": list(CHOICES["signal_normalization"]),
+        },
+    )
+    signal_clip: float | None = field(
+        default=2.0, metadata={"help": "Bound of the normalised signal. None for no bound."}
+    )
+    distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
+    distillation_anchor: str = field(
+        default="base",
+        metadata={
+            "help": "What stage 2's trust region is around: 'base', the base policy, or 'pass', the policy at the "
+            "start of each pass over the set.",
+            "choices": list(CHOICES["distillation_anchor"]),
+        },
+    )
+    trust_region: str = field(
+        default="ppo_clip",
+        metadata={
+            "help": "Of stage 2: 'ppo_clip' (epsilon, epsilon_high, delta) or 'drpo' (trust_region_radius).",
+            "choices": list(CHOICES["trust_region"]),
+        },
+    )
+    trust_region_radius: float | None = field(
+        default=None, metadata={"help": "For trust_region='drpo', in absolute probability. None: 0.15."}
+    )
+    outcome_advantage_weight: float = field(
+        default=0.0, metadata={"help": "What of GRPO's outcome advantage is added to the signal in stage 2."}
+    )
+    keep_teachers: bool = field(default=False, metadata={"help": "Whether the policies of stage 1 are saved."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_erpd_args(self, type(self).__name__)

@@ -1,0 +1,324 @@
+"""Extreme Region Policy Distillation."""
+
+import copy
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import ProgressCallback
+from trl import GRPOConfig
+
+from trl_ext.arguments import changed_settings
+from trl_ext.drpo.drpo_config import DEFAULT_RADIUS
+from trl_ext.drpo.drpo_trainer import CLIPPING_SETTINGS
+from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
+from trl_ext.erpd.erpd_config import ERPDConfig
+from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, phases_of, teachers_of
+from trl_ext.erpd.stages import Stages
+from trl_ext.losses import (
+    TokenLoss,
+    drpo_loss,
+    policy_clip_loss,
+    reward_cross_entropy_loss,
+    reward_regression_loss,
+    sapo_loss,
+)
+from trl_ext.policy_loss_trainer import PolicyLossTrainer
+
+
+logger = get_logger(__name__)
+
+
+class ERPDTrainer(PolicyLossTrainer):
+    r"""
+    Trainer for Extreme Region Policy Distillation ([2605.25582](https://huggingface.co/papers/2605.25582)): rollouts
+    are sampled once, squeezed by many off-policy updates, and what that taught is distilled into the policy they came
+    from.
+
+    A round has two stages. **Stage 1** trains \\( \pi_0 \\) for many passes over a fixed set of its own rollouts, with
+    hardly a constraint: the over-optimised result \\( \pi_E \\) is only a teacher. The set is scored by it once, and
+    \\( \pi_0 \\) is restored. **Stage 2** distils the token-level signal, in the simplest case
+
+    $$ s_t = \log \pi_E(y_t) - \log \pi_0(y_t), $$
+
+    normalised over the set, as a per-token advantage within a trust region:
+
+    $$ L = -\min\left( r_t s_t,\; \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon)\, s_t \right) + \beta\,
+    \mathrm{KL}(\pi \| \pi_0), \qquad r_t = \pi_t / \pi^\mathrm{anchor}_t $$
+
+    `train()` runs all rounds as one continuous run, at whose end the model is the distilled policy. There is one model
+    in memory, no generation and no teacher's forward pass within a stage. The two stages and the signals are the
+    paper's; all formulas but SAPO's are our choice, see docs/erpd.md.
+
+    Takes the arguments of [`~trl.GRPOTrainer`], in the same order; `args` may be a plain [`~trl.GRPOConfig`].
+    `eval_dataset` is what the policies are measured on between the stages.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_ext import ERPDConfig, ERPDTrainer
+
+    >>> trainer = ERPDTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=ERPDConfig(num_generations=16, per_device_train_batch_size=16, rounds=3),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    config_class = ERPDConfig
+    anchored_to_sampler = True
+
+    _tag_names = ["trl", "trl_ext", "erpd"]  # noqa: RUF012 - TRL's own form
+    _name = "ERPD"
+    _paper = {  # noqa: RUF012
+        "title": "Extreme Region Policy Distillation",
+        "id": "2605.25582",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{erpd2026,
+                title  = {{Extreme Region Policy Distillation}},
+                year   = 2026,
+                eprint = {arXiv:2605.25582},
+            }"""),
+    }
+
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
+    _last_loaded_step: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._given = inspect.signature(PolicyLossTrainer.__init__).bind(self, *args, **kwargs).arguments
+        self.rewards_of_all = torch.empty(0)  # of the last rollout batch, all processes
+        self._user_args: GRPOConfig | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self._user_args is not None:
+                self._user_args.beta = self._distillation_beta
+        del self._given
+        update = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        self.schedule = Schedule(phases_of(self.args), self.prompts_per_round * self.num_generations // update)
+        self._stages = Stages(self, self.schedule)
+        self.add_callback(LogWherePhasesEnd(self.schedule))
+
+    # ---- settings
+
+    @classmethod
+    def check_args(cls, args: GRPOConfig) -> None:
+        check_erpd_args(args, cls.__name__)
+
+    def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
+        check_data(self._given, args, type(self).__name__)
+        self.prompts_per_round = resolve_prompts_per_round(args, len(self._given["train_dataset"]))
+        # The reference of the KL term is the base policy, which has scored the set: TRL must not load another
+        self._user_args, self._distillation_beta, args.beta = args, args.beta, 0.0
+
+    def warn_about_args(self) -> None:
+        if self.args.trust_region == "drpo" and (changed := changed_settings(self.args, CLIPPING_SETTINGS)):
+            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            logger.warning(
+                f"{settings} has no effect with trust_region='drpo', which does not clip: set trust_region_radius "
+                "instead."
+            )
+        update = self.args.generation_batch_size // self.args.steps_per_generation
+        update *= self.args.gradient_accumulation_steps
+        if self.args.distillation_anchor == "pass" and self.prompts_per_round * self.num_generations == update:
+            logger.warning(
+                "The whole set is one update, so that stage 2 never leaves its anchor and the trust region has "
+                "nothing to do: set distillation_anchor='base', or give more prompts_per_round."
+            )
+
+    # ---- one continuous run: an epoch is a pass over the set
+
+    def get_train_dataloader(self) -> Any:
+        # Only places in the set, because what is in it is not known before the first step
+        places: Any = range(self.prompts_per_round * self.num_generations)
+        return self._get_dataloader(
+            places, "Training", self._train_batch_size, sampler_fn=SequentialSampler, is_training=True
+        )
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        args = copy.copy(args)
+        args.num_train_epochs = len(self.schedule.passes)
+        return super().set_initial_training_values(args, dataloader)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        if self.lr_scheduler is not None and not self._created_lr_scheduler:
+            raise ValueError(
+                "The learning rate starts anew with each stage, which DeepSpeed's scheduler does not: remove "
+                "`scheduler` from DeepSpeed's config, and set lr_scheduler_type and extraction_lr_scheduler_type."
+            )
+        if self.lr_scheduler is None:
+            factor = self.schedule.learning_rate(self.args.learning_rate, self.args.lr_scheduler_kwargs)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def restart_learning_rate(self) -> None:
+        """Puts the schedule where the run is: updates that mixed precision has skipped make it lag behind."""
+        if self.lr_scheduler.last_epoch != self.state.global_step:
+            self.lr_scheduler.last_epoch = self.state.global_step - 1
+            self.lr_scheduler.step()
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._prepare_inputs(inputs)
+        index = inputs[0] // (self._train_batch_size * self.accelerator.num_processes)
+        return self._stages.micro_batch(self.state.global_step, index)
+
+    def _finalize_training(self, *args: Any) -> Any:
+        if self.state.global_step >= self.schedule.steps:
+            self._stages.end_phase(self.schedule.phases[-1])
+        else:
+            phase = self.schedule.at_step(self.state.global_step)
+            logger.warning(
+                f"The run has ended in round {phase.round}, stage {phase.stage}, after {self.state.global_step} of "
+                f"{self.schedule.steps} updates, and the model is the {phase.policy} policy as it was then: resume "
+                "from a checkpoint to come to the end."
+            )
+        return super()._finalize_training(*args)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        phase = self.schedule.at_step(max(self.state.global_step - 1, 0))
+        for name, value in (("round", phase.round), ("stage", phase.stage)):
+            logs.setdefault(name, value)
+        super().log(logs, start_time)
+
+    def describe(self, text: str) -> None:
+        """Writes `text` beside the progress bar."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_description(text)
+
+    # ---- rollouts
+
+    def sample(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
+        """This process's rollouts as TRL makes them, and their rewards."""
+        rollouts = self._generate_and_score_completions(rows)
+        first = self.accelerator.process_index * len(rows)
+        return rollouts, self.rewards_of_all[first : first + len(rows)]
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        per_function = super()._calculate_rewards(*args)
+        self.rewards_of_all = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        self.rewards_of_all[per_function.isnan().all(1)] = torch.nan
+        return per_function
+
+    def _generate(self, prompts: list) -> Any:
+        outputs = super()._generate(prompts)
+        # The set is scored in its own batches: TRL's pass for old log-probabilities would be for nothing
+        self._skips_old_pass = self.args.gradient_accumulation_steps % self._generate_every != 0
+        return outputs
+
+    def weights_have_changed(self) -> None:
+        """Tells vLLM to fetch the weights before it generates again, within the same step too."""
+        self._last_loaded_step = -1
+
+    # ---- the loss
+
+    def policy_loss(
+        self,
+        per_token_logps: torch.Tensor,
+        behaviour_logps: torch.Tensor | None,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        inputs: dict[str, Any],
+    ) -> TokenLoss:
+        clip: dict[str, Any] = {
+            "epsilon_low": self.epsilon_low,
+            "epsilon_high": self.epsilon_high,
+            "ratio_cap": self.args.delta,
+        }
+        if not self.model.training:  # on rollouts of its own, which have no signal: GRPO's loss
+            behaviour_logps = per_token_logps.detach() if behaviour_logps is None else behaviour_logps
+            return TokenLoss(policy_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip).loss)
+        assert behaviour_logps is not None  # the set has them
+        phase, base_logps = self._phase, inputs["base_logps"]
+        reverse = -1.0 if phase.policy == "unlearned" else 1.0
+        if phase.stage == 2:
+            advantages = inputs["signal"] + self.args.outcome_advantage_weight * advantages
+            tensors = (per_token_logps, behaviour_logps, advantages, mask)
+            if self.args.trust_region == "drpo":
+                token_loss = drpo_loss(*tensors, radius=self.args.trust_region_radius or DEFAULT_RADIUS["drpo"])
+            else:
+                token_loss = policy_clip_loss(*tensors, **clip)
+        elif phase.loss == "sapo":
+            token_loss = sapo_loss(
+                per_token_logps,
+                behaviour_logps,
+                reverse * advantages,
+                mask,
+                temperature_positive=self.args.sapo_temperature_pos,
+                temperature_negative=self.args.sapo_temperature_neg,
+            )
+        elif phase.loss == "ce":
+            outcomes = inputs["outcomes"] if reverse > 0 else 1 - inputs["outcomes"]
+            token_loss = reward_cross_entropy_loss(
+                per_token_logps, base_logps, outcomes, mask, beta_r=self.args.extraction_beta
+            )
+        else:
+            targets = reverse * advantages.squeeze(1)
+            token_loss = reward_regression_loss(
+                per_token_logps, base_logps, targets, mask, beta_r=self.args.extraction_beta
+            )
+        token_loss.metrics["kl_from_base"] = base_logps - per_token_logps.detach()
+        return token_loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        with self._settings_of(self._phase):
+            return super()._compute_loss(model, inputs)
+
+    @property
+    def _phase(self) -> Phase:
+        return self.schedule.at_step(self.state.global_step)
+
+    @contextmanager
+    def _settings_of(self, phase: Phase) -> Iterator[None]:
+        """What GRPO's settings of the update are in a phase: their own values in stage 2, off in stage 1."""
+        if phase.stage == 2:
+            settings: dict[str, Any] = {"beta": self._distillation_beta}
+        else:
+            settings = {"top_entropy_quantile": 1.0, "_entropy_bonus_enabled": False}
+            if phase.loss != "sapo":
+                settings["loss_type"] = "luspo"  # the mean over sequences of the sum over their tokens
+        before = {name: getattr(self, name) for name in settings}
+        self.__dict__.update(settings)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    # ---- checkpoints
+
+    def _save_rollouts(self, output_dir: str) -> None:
+        self._stages.save(output_dir)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
+        self._stages.load(checkpoint)
+
+    def run_identity(self) -> dict[str, Any]:
+        """What the fixed set of a checkpoint, and the place in its round, depend on."""
+        names = ("seed", "extraction_passes", "distillation_passes")
+        return {
+            **self._run_identity(),
+            "prompts_per_round": self.prompts_per_round,
+            "teachers": [list(teacher) for teacher in teachers_of(self.args)],
+            **{name: getattr(self.args, name) for name in names},
+        }
+
+
+# The constructor takes what its parent takes: say so to help() and to editors
+ERPDTrainer.__init__.__signature__ = inspect.signature(PolicyLossTrainer.__init__)  # type: ignore[attr-defined]

@@ -1,0 +1,91 @@
+"""What is measured of a policy between the stages: on held-out prompts with its own samples, and on the fixed set."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+Samples = list[dict[str, Any]]  # one dict a batch, on the CPU
+
+
+@contextmanager
+def isolated_rng(accelerator: Accelerator, seed: int) -> Iterator[None]:
+    """Draws of torch within do not change those after it, and are the same for the same seed."""
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + accelerator.process_index)
+        yield
+
+
+@contextmanager
+def evaluating(trainer: Any) -> Iterator[None]:
+    """The model in evaluation mode and without gradients; what TRL logs of it is dropped."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        trainer.model.train(was_training)
+        trainer._metrics["eval"].clear()
+
+
+def own_samples(trainer: Any) -> Samples:
+    """
+    Completions of the held-out prompts, sampled and scored by the policy as it is, with their rewards.
+
+    The same random numbers for every policy, so that policies are compared on equal terms, and the training goes on as
+    if nothing had been sampled.
+    """
+    datasets = trainer.eval_dataset
+    datasets = list(datasets.values()) if isinstance(datasets, dict) else [datasets]
+    samples = []
+    with isolated_rng(trainer.accelerator, trainer.args.seed), evaluating(trainer):
+        for dataset in datasets:
+            for rows in trainer.get_eval_dataloader(dataset):
+                batch, rewards = trainer.sample(rows)
+                logps, entropies = trainer.score_micro_batch(batch)
+                sample = {**batch, "rewards": rewards, "logps": logps, "entropies": entropies}
+                samples.append({n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in sample.items()})
+    return samples
+
+
+def measure_samples(trainer: Any, samples: Samples, base_is_loaded: bool) -> dict[str, float]:
+    r"""
+    `reward`, `entropy` (nats a token) and, where the base policy is what the trainer holds now, the divergence
+    \\( \mathrm{KL}(\pi \| \pi_0) \\) of the policy whose `samples` these are: `kl_per_sequence` and `kl_per_token`.
+
+    The estimate is the mean of \\( \log \pi - \log \pi_0 \\), which is unbiased, and for a small divergence may come
+    out below 0.
+    """
+    device = trainer.accelerator.device
+    sums = torch.zeros(6, dtype=torch.float64)  # rewards, how many; entropy, tokens; log-ratio, sequences
+    with evaluating(trainer):
+        for sample in samples:
+            mask = (sample["completion_mask"] * sample.get("tool_mask", 1)).bool()
+            rewards = sample["rewards"][sample["rewards"].isfinite()].double()
+            sums[0] += rewards.sum()
+            sums[1] += len(rewards)
+            sums[2] += sample["entropies"][mask].double().sum()
+            sums[3] += mask.sum()
+            sums[5] += mask.any(1).sum()
+            if base_is_loaded:
+                batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in sample.items()}
+                base_logps = trainer.score_micro_batch(batch)[0].cpu()
+                sums[4] += (sample["logps"] - base_logps)[mask].double().sum()
+    rewards, count, entropy, tokens, log_ratio, sequences = reduced(trainer.accelerator, sums)
+    measures = {"reward": rewards / max(count, 1), "entropy": entropy / max(tokens, 1)}
+    if base_is_loaded:
+        measures |= {"kl_per_sequence": log_ratio / max(sequences, 1), "kl_per_token": log_ratio / max(tokens, 1)}
+    return measures
+
+
+def reduced(accelerator: Accelerator, sums: torch.Tensor) -> list[float]:
+    """Sums over all processes."""
+    # Not every device has float64: the sums travel as two float32, what is rounded off as the second
+    coarse = sums.float()
+    parts = torch.stack([coarse, (sums - coarse.double()).float()]).to(accelerator.device)
+    return accelerator.gather(parts[None]).cpu().double().sum(dim=(0, 1)).tolist()
