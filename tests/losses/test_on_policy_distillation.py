@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.losses import eopd_loss, forward_kl_top_k, opd_loss, reopold_loss, tropd_loss
+from trl_ext.losses import eopd_loss, forward_kl_top_k, least_of_top_share, opd_loss, reopold_loss, tropd_loss
 
 
 VOCABULARY = 7
@@ -199,8 +199,9 @@ def test_reopold_by_hand():
     torch.testing.assert_close(first.loss, expected)
     assert first.metrics["floored/share"].tolist() == [[1, 0, 1, 0, 0]]
     # The two least certain of four: a share of a half, the masked token's entropy not among them
-    entropy = torch.tensor([[0.1, 0.9, 0.3, 0.5, 5.0]])
-    second = reopold_loss(*arguments, mask, entropy=entropy, top_entropy_share=0.5)
+    nan = float("nan")
+    entropy = torch.tensor([[0.1, 0.9, 0.3, 0.5, nan]])
+    second = reopold_loss(*arguments, mask, uncertain=entropy >= least_of_top_share(entropy, 0.5))
     torch.testing.assert_close(second.loss, expected * torch.tensor([[0, 1, 0, 1, 0]]))
 
 
@@ -216,7 +217,7 @@ def every_loss():
         "eopd": lambda s, t, m, c, tc: eopd_loss(
             s, t, m, top_k_logps=c, teacher_top_k_logps=tc, teacher_entropy=torch.ones(1, 4)
         ),
-        "reopold": lambda s, t, m, c, tc: reopold_loss(s, t, m, entropy=torch.rand(1, 4)),
+        "reopold": lambda s, t, m, c, tc: reopold_loss(s, t, m, uncertain=torch.tensor([[True, False, True, True]])),
     }
 
 

@@ -193,6 +193,25 @@ def test_teacher_is_frozen_and_not_saved(path, teacher_path, tmp_path):
     assert set(saved) <= {name for name, _ in trainer.model.named_parameters()}
 
 
+@pytest.mark.parametrize(
+    ("enabled", "prepare"), [("is_fsdp_enabled", "prepare_fsdp"), ("is_deepspeed_enabled", "prepare_deepspeed")]
+)
+def test_a_teacher_is_wrapped_as_trl_wraps_a_reference_model(
+    path, teacher_path, tmp_path, monkeypatch, enabled, prepare
+):
+    """Under FSDP, which cannot run here, and DeepSpeed: by TRL's own function, once the head is fused."""
+    trainer = make_trainer(path, tmp_path, teacher_path)
+    wrapped = []
+    monkeypatch.setattr(f"trl_ext.teacher.{prepare}", lambda model, accelerator: wrapped.append(model) or "wrapped")
+    monkeypatch.setattr(trainer, enabled, True)
+    teacher = type(trainer.teacher)(teacher_path)
+    teacher.prepare(trainer)
+    assert teacher.model == "wrapped"
+    assert not wrapped[0].training
+    assert not any(p.requires_grad for p in wrapped[0].parameters())
+    assert "fused" in wrapped[0].forward.__func__.__code__.co_name
+
+
 def test_lora_student_with_a_full_teacher(path, teacher_path, tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     trainer = make_trainer(path, tmp_path, teacher_path, peft_config=lora, beta=0.05)

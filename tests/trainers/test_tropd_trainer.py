@@ -23,7 +23,7 @@ from tropd_runs import (
 )
 
 from trl_ext import TrOPDConfig, TrOPDTrainer, next_token
-from trl_ext.losses import eopd_loss, forward_kl_top_k, reopold_loss, tropd_loss
+from trl_ext.losses import eopd_loss, forward_kl_top_k, least_of_top_share, reopold_loss, tropd_loss
 from trl_ext.tropd.prompts import PromptCollator
 
 
@@ -182,7 +182,12 @@ def test_the_loss_is_the_mean_over_the_steps_tokens(tmp_path, trust_region):
     torch.testing.assert_close(loss, (total / tokens).detach())
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": "dataset"}, {"lmbda": 0.5}, {"objective": "eopd"}], ids=str)
+REOPOLD_2 = {"objective": "reopold", "reopold_switch_step": 0}  # its second phase
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance": "dataset"}, {"lmbda": 0.5}, {"objective": "eopd"}, REOPOLD_2], ids=str
+)
 def test_one_micro_batch_or_four(tmp_path, options):
     """The draws too are of a rollout, not of the batch that it is in."""
     results = []
@@ -456,7 +461,10 @@ def direct(name, logps, batch, entropy, **settings):
         k = settings.pop("k")
         columns = {name: value[..., :k] for name, value in columns.items()}
         return eopd_loss(*arguments, **columns, teacher_entropy=batch["teacher_entropy"], **settings)
-    return reopold_loss(*arguments, entropy=entropy if settings.pop("second") else None, **settings)
+    share = settings.pop("share")
+    valid = torch.where(batch["completion_mask"].bool(), entropy, float("nan"))
+    uncertain = None if share is None else valid >= torch.nanquantile(valid, 1 - share)
+    return reopold_loss(*arguments, uncertain=uncertain, **settings)
 
 
 @pytest.mark.parametrize(
@@ -468,12 +476,12 @@ def direct(name, logps, batch, entropy, **settings):
         (
             "reopold",
             {"reopold_floor": -0.2, "reopold_switch_step": 2, "reopold_top_entropy_share": 0.25, "step": 1},
-            {"floor": -0.2, "second": False},
+            {"floor": -0.2, "share": None},
         ),
         (
             "reopold",
             {"reopold_floor": -0.2, "reopold_top_entropy_share": 0.25, "step": 2},  # half of 4
-            {"floor": -0.2, "second": True, "top_entropy_share": 0.25},
+            {"floor": -0.2, "share": 0.25},
         ),
     ],
 )
@@ -481,8 +489,8 @@ def test_settings_reach_the_loss(tmp_path, objective, overrides, expected):
     step = overrides.get("step", 0)
     overrides = {name: value for name, value in overrides.items() if name != "step"}
     trainer = make_trainer(tmp_path, objective=objective, **overrides)
-    (batch,) = micro_batches(trainer, 8, 8)
     trainer.state.global_step = step
+    (batch,) = micro_batches(trainer, 8, 8)
     logps, entropy, _ = trainer._score(trainer.model, batch)
     loss, _ = gradient(trainer, [batch])
     whole = direct(objective, logps, batch, entropy, **expected).loss.sum() / batch["completion_mask"].sum()
@@ -490,9 +498,8 @@ def test_settings_reach_the_loss(tmp_path, objective, overrides, expected):
 
 
 def test_the_top_share_is_of_the_least_certain_tokens():
-    entropy = torch.tensor([[0.1, 0.9, 0.3, 0.5]])
-    loss = reopold_loss(torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4), entropy=entropy, top_entropy_share=0.25)
-    assert (loss.loss != 0).tolist() == [[False, True, False, False]]
+    entropy = torch.tensor([[0.1, 0.9, float("nan"), 0.3, 0.5]])
+    assert (entropy >= least_of_top_share(entropy, 0.25)).tolist() == [[False, True, False, False, False]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

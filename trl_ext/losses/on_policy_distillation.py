@@ -135,8 +135,7 @@ def reopold_loss(
     mask: torch.Tensor,
     *,
     floor: float = -1.72,
-    entropy: torch.Tensor | None = None,
-    top_entropy_share: float = 0.2,
+    uncertain: torch.Tensor | None = None,
 ) -> TokenLoss:
     r"""
     Relaxed on-policy distillation, [arXiv 2603.11137](https://huggingface.co/papers/2603.11137): the reward has a
@@ -149,20 +148,30 @@ def reopold_loss(
             As in `opd_loss`.
         floor (`float`, defaults to `-1.72`):
             \\( c \\) in nats. The sources disagree: -1.72 or -0.85.
-        entropy (`torch.Tensor` of shape `(batch, time)`, *optional*):
-            \\( H(\pi_S) \\) in nats, for the second phase. `None` for the first, in which all tokens count.
-        top_entropy_share (`float`, defaults to `0.2`):
-            \\( \beta \\); the quantile is that of the unmasked tokens given here.
+        uncertain (`torch.Tensor` of shape `(batch, time)`, *optional*):
+            Bool, for the second phase: the tokens that count, see `least_of_top_share`. `None` for the first, in which
+            all do.
     """
     logps, reward, mask = _reward(logps, teacher_logps, mask)
     metrics = _metrics(reward)
     metrics["floored/share"] = (reward < floor).to(logps.dtype)
     loss = _policy_gradient(reward.clamp(min=floor), logps, mask)
-    if entropy is not None:
-        entropies = torch.where(mask, at_least_float32(entropy), float("nan"))
-        least = torch.nanquantile(entropies, 1 - top_entropy_share)  # NaN, which nothing exceeds, where all is masked
-        loss = masked(loss, entropies >= least)
+    if uncertain is not None:
+        loss = masked(loss, uncertain)
     return TokenLoss(loss, metrics)
+
+
+def least_of_top_share(entropies: torch.Tensor, share: float) -> torch.Tensor:
+    r"""
+    \\( Q_{1 - \beta}(H) \\), a scalar: what the entropies of the \\( \beta \\) least certain tokens are not below.
+
+    Args:
+        entropies (`torch.Tensor` of any shape):
+            \\( H \\) in nats, NaN for what is no token.
+        share (`float`):
+            \\( \beta \\).
+    """
+    return torch.nanquantile(at_least_float32(entropies), 1 - share)
 
 
 def forward_kl_top_k(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor) -> torch.Tensor:

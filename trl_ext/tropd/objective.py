@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from transformers import TrainerState
 
 from trl_ext.losses import TokenLoss, eopd_loss, forward_kl_top_k, opd_loss, reopold_loss, tropd_loss
 from trl_ext.losses.token_loss import Metrics, masked
@@ -11,7 +10,6 @@ from trl_ext.losses.token_loss import Metrics, masked
 
 def completion_loss(
     args: Any,
-    state: TrainerState,
     training: bool,
     all_logps: torch.Tensor,
     entropy: torch.Tensor,
@@ -26,8 +24,6 @@ def completion_loss(
     Args:
         args ([`TrOPDConfig`]):
             Settings.
-        state ([`~transformers.TrainerState`]):
-            For the step.
         training (`bool`):
             Whether there can be tokens that are not the student's.
         all_logps (`torch.Tensor` of shape `(batch, time, 1 + k)`):
@@ -42,8 +38,8 @@ def completion_loss(
     """
     logps, top_k_logps = all_logps[..., 0], all_logps[..., 1:]
     guided, off_policy = inputs["guided_mask"].bool(), inputs["off_policy_mask"].bool()
-    own = inputs["completion_mask"].bool() & ~guided & ~off_policy
-    token_loss = _objective(args, state, logps, top_k_logps, entropy, own, inputs)
+    own = own_mask(inputs)
+    token_loss = _objective(args, logps, top_k_logps, own, inputs)
     general: Metrics = {"entropy": entropy}
     if "teacher_entropy" in inputs:
         general["teacher/entropy"] = inputs["teacher_entropy"]
@@ -60,12 +56,16 @@ def completion_loss(
     return loss, metrics
 
 
+def own_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """True for the tokens that the student sampled, of shape `(batch, time)`."""
+    others = inputs["guided_mask"].bool() | inputs["off_policy_mask"].bool()
+    return inputs["completion_mask"].bool() & ~others
+
+
 def _objective(
     args: Any,
-    state: TrainerState,
     logps: torch.Tensor,
     top_k_logps: torch.Tensor,
-    entropy: torch.Tensor,
     mask: torch.Tensor,
     inputs: dict[str, torch.Tensor],
 ) -> TokenLoss:
@@ -83,15 +83,7 @@ def _objective(
             entropy_threshold=args.eopd_entropy_threshold,
         )
     if args.objective == "reopold":
-        switch = state.max_steps // 2 if args.reopold_switch_step is None else args.reopold_switch_step
-        return reopold_loss(
-            logps,
-            teacher_logps,
-            mask,
-            floor=args.reopold_floor,
-            entropy=entropy if state.global_step >= switch else None,
-            top_entropy_share=args.reopold_top_entropy_share,
-        )
+        return reopold_loss(logps, teacher_logps, mask, floor=args.reopold_floor, uncertain=inputs.get("uncertain"))
     return tropd_loss(
         logps,
         teacher_logps,

@@ -69,7 +69,7 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
             For `"reopold"`: optimizer step from which only uncertain tokens count. Defaults to half of the run, which
             is our choice.
         reopold_top_entropy_share (`float`, *optional*, defaults to `0.2`):
-            For `"reopold"`: share of each micro-batch's tokens that then count.
+            For `"reopold"`: share of each step's tokens that then count.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher.
         teacher_model_server_url (`str`, *optional*):
@@ -163,7 +163,7 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
         metadata={"help": "For 'reopold': step from which only uncertain tokens count. Defaults to half of the run."},
     )
     reopold_top_entropy_share: float = field(
-        default=0.2, metadata={"help": "For 'reopold': share of each micro-batch's tokens that then count."}
+        default=0.2, metadata={"help": "For 'reopold': share of each step's tokens that then count."}
     )
     teacher_model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the teacher."}

@@ -24,12 +24,13 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, repeat_iterable_dataset
 
 from trl_ext.arguments import as_config, changed_settings
+from trl_ext.losses import least_of_top_share
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
 from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
 from trl_ext.teacher import AdapterTeacher, Teacher, make_teacher, text_tokenizer
 from trl_ext.tropd.guidance import longest_prefix
-from trl_ext.tropd.objective import completion_loss
+from trl_ext.tropd.objective import completion_loss, own_mask
 from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
 from trl_ext.tropd.rollouts import collate, roll_out
 from trl_ext.tropd.sampling import RolloutSampler
@@ -276,8 +277,24 @@ class TrOPDTrainer(GKDTrainer):
             if self._top_k:
                 micro_batch |= {"top_k_logps": scores.top_k_logps, "top_k_ids": scores.top_k_ids}
             made.append(micro_batch)
+        switch = self.state.max_steps // 2 if self.args.reopold_switch_step is None else self.args.reopold_switch_step
+        if self.args.objective == "reopold" and self.state.global_step >= switch:
+            self._find_uncertain(made)
         self._count(made)
         return made
+
+    def _find_uncertain(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """
+        Marks the tokens of the step, of all micro-batches and processes, of which the student is least certain. A pass
+        of its own, because they must be known before the first of them is trained on.
+        """
+        with torch.no_grad():
+            entropies = [self._run_score(self.model_wrapped, batch)[1] for batch in batches]
+        values = [entropy[own_mask(batch)] for entropy, batch in zip(entropies, batches, strict=True)]
+        padded = self.accelerator.pad_across_processes(torch.cat(values), pad_index=float("nan"))
+        least = least_of_top_share(self.accelerator.gather(padded), self.args.reopold_top_entropy_share)
+        for batch, entropy in zip(batches, entropies, strict=True):
+            batch["uncertain"] = entropy >= least
 
     def _count(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """What the step is made of: the tokens by which its loss is divided, and what is logged of the lengths."""
@@ -321,11 +338,8 @@ class TrOPDTrainer(GKDTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
-        unwrapped = self.accelerator.unwrap_model(model)
-        # Through the wrapper's forward, so that it reduces gradients and sharded weights are there
-        with self.accelerator.autocast():  # which accelerate puts into the forward that the redirection replaces
-            logps, entropy, aux_loss = self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
-        per_token_loss, metrics = completion_loss(self.args, self.state, mode == "train", logps, entropy, inputs)
+        logps, entropy, aux_loss = self._run_score(model, inputs)
+        per_token_loss, metrics = completion_loss(self.args, mode == "train", logps, entropy, inputs)
         for values, mask in metrics:
             self._token_metrics[mode].update(values, mask)
         if mode == "train":
@@ -339,6 +353,12 @@ class TrOPDTrainer(GKDTrainer):
         if mode == "eval" or self.accelerator.sync_gradients:
             self._token_metrics[mode].reduce(self.accelerator)
         return (loss, {}) if return_outputs else loss
+
+    def _run_score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """`_score` through the forward of what wraps the model: it reduces gradients and gathers sharded weights."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():  # which accelerate puts into the forward that the redirection replaces
+            return self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
 
     def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """
