@@ -202,8 +202,9 @@ def test_a_teacher_is_wrapped_as_trl_wraps_a_reference_model(
     """Under FSDP, which cannot run here, and DeepSpeed: by TRL's own function, once the head is fused."""
     trainer = make_trainer(path, tmp_path, teacher_path)
     wrapped = []
-    monkeypatch.setattr(f"trl_ext.teacher.{prepare}", lambda model, accelerator: wrapped.append(model) or "wrapped")
-    monkeypatch.setattr(trainer, enabled, True)
+    prepare = lambda model, accelerator: wrapped.append(model) or "wrapped"  # noqa: E731
+    monkeypatch.setattr(f"trl_ext.teacher.prepare_{backend}", prepare)
+    monkeypatch.setattr(trainer, f"is_{backend}_enabled", True)
     teacher = type(trainer.teacher)(teacher_path)
     teacher.prepare(trainer)
     assert teacher.model == "wrapped"
