@@ -193,12 +193,8 @@ def test_teacher_is_frozen_and_not_saved(path, teacher_path, tmp_path):
     assert set(saved) <= {name for name, _ in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("enabled", "prepare"), [("is_fsdp_enabled", "prepare_fsdp"), ("is_deepspeed_enabled", "prepare_deepspeed")]
-)
-def test_a_teacher_is_wrapped_as_trl_wraps_a_reference_model(
-    path, teacher_path, tmp_path, monkeypatch, enabled, prepare
-):
+@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
+def test_a_teacher_is_wrapped_as_trl_wraps_a_reference_model(path, teacher_path, tmp_path, monkeypatch, backend):
     """Under FSDP, which cannot run here, and DeepSpeed: by TRL's own function, once the head is fused."""
     trainer = make_trainer(path, tmp_path, teacher_path)
     wrapped = []
