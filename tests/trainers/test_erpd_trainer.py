@@ -546,7 +546,10 @@ def test_a_collapsed_teacher_is_announced(path, tmp_path, caplog, held_out):
         eval_dataset=tiny.prompts(8) if held_out else None, per_device_eval_batch_size=8,
     )  # fmt: skip
     trainer.train()
-    assert "set signal='unlearned_reference', or lower extraction_passes or extraction_learning_rate" in caplog.text
+    assert (
+        "may be noise: set signal='unlearned_reference', or lower extraction_passes or extraction_learning_rate"
+        in caplog.text
+    )
     finding = "is no better than the base policy (reward" if held_out else "makes even the right rollouts less likely"
     assert finding in caplog.text
 
@@ -554,7 +557,7 @@ def test_a_collapsed_teacher_is_announced(path, tmp_path, caplog, held_out):
 def test_a_good_teacher_is_not_announced(path, tmp_path, caplog):
     trainer = make_trainer(path, tmp_path)
     trainer.train()
-    assert "distil noise" not in caplog.text
+    assert "may be noise" not in caplog.text
 
 
 def test_a_teacher_of_nan_stops_the_run(path, tmp_path):

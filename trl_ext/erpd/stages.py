@@ -220,9 +220,9 @@ class Stages:
             )
         if collapsed:
             logger.warning(
-                f"Round {phase.round}: the extreme region policy trained with {phase.loss} {finding}, and to distil "
-                "it would be to distil noise: set signal='unlearned_reference', or lower extraction_passes or "
-                "extraction_learning_rate."
+                f"Round {phase.round}: the extreme region policy trained with {phase.loss} {finding}, so "
+                "that what is distilled of it may be noise: set signal='unlearned_reference', or lower "
+                "extraction_passes or extraction_learning_rate."
             )
 
     def _log(self, phase: Phase, values: dict[str, float]) -> None:
