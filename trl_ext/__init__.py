@@ -1,4 +1,4 @@
-"""Trainers that extend TRL: change one class name in a script that uses `GRPOTrainer`."""
+"""Trainers that extend TRL: change one class name in a script that uses `GRPOTrainer` or `GKDTrainer`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
