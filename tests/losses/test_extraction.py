@@ -162,8 +162,25 @@ def test_signals_by_hand():
         result = token_signal(signal, logps, mask)
         assert result.tolist() == values
         assert not result.requires_grad
-    # an impossible token says nothing, instead of everything
-    assert token_signal("unlearned_reference", logps, torch.ones(1, 3)).tolist() == [[2.5, -3.0, 0.0]]
+
+
+def test_an_impossible_token_says_nothing():
+    """Neither by itself, nor as a 0 that centring would make a signal of."""
+    logps = {"base": torch.tensor([[-1.0, -1.0, -1.0]]), "teacher": torch.tensor([[-3.0, -2.0, -math.inf]])}
+    signal = token_signal("teacher", logps, torch.ones(1, 3))
+    mean, std = mean_and_std(signal_moments(signal, torch.ones(1, 3)))
+    assert (mean, std) == (-1.5, 0.5)  # of -2 and -1
+    normalized = normalize_signal(signal, torch.ones(1, 3), mean=mean, std=std)
+    assert normalized.tolist() == [[-1.0, 1.0, 0.0]]
+
+
+def test_a_rollout_without_a_reward_has_no_loss():
+    logps, base = torch.full((2, 2), -1.0, requires_grad=True), torch.full((2, 2), -2.0)
+    loss = reward_regression_loss(logps, base, torch.tensor([0.5, math.nan]), torch.ones(2, 2)).loss
+    loss.sum().backward()
+    assert loss[1].tolist() == [0.0, 0.0]
+    assert logps.grad[1].tolist() == [0.0, 0.0]
+    assert (logps.grad[0] != 0).all()
 
 
 def test_a_signal_needs_only_its_own_policies():

@@ -101,12 +101,41 @@ def test_everything_is_kept_in_a_safe_format(path, tmp_path):
         ({"signal": "unlearned_teacher"}, "teachers"),
         ({"per_device_train_batch_size": 4}, "per_device_train_batch_size 8 -> 4"),
         ({"seed": 1}, "seed 42 -> 1"),
+        ({"temperature": 0.5}, "temperature 1.0 -> 0.5"),
     ],
 )
 def test_settings_that_do_not_fit_the_checkpoint_are_refused(path, tmp_path, changes, message):
     run(path, tmp_path)
     with pytest.raises(ValueError, match=rf"cannot go on with the checkpoint .*{message}.*: resume with the settings"):
         run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-3"), **changes)
+
+
+def test_a_longer_run_is_not_cut_short(path, tmp_path):
+    """Its checkpoint may hold a teacher, which nobody should take for the distilled policy."""
+    settings = {"extraction_passes": 1, "distillation_passes": 1}
+    run(path, tmp_path, rounds=2, **settings)
+    with pytest.raises(ValueError, match="set rounds to what it was, or more"):
+        run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-5"), **settings)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(path, tmp_path, caplog):
+    whole = run(path, tmp_path)
+    for name in ("checkpoint-8/trainer_state.json", "checkpoint-7/fixed_set_0.safetensors"):
+        (tmp_path / name).unlink()
+    resumed = run(path, tmp_path, resume=True)
+    assert_equal(parameters(resumed), parameters(whole))
+    passed_over = [record.message for record in caplog.records if "is passed over" in record.message]
+    assert ["checkpoint-8" in passed_over[0], "checkpoint-7" in passed_over[1]] == [True, True]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="train from the start"):
+        run(path, tmp_path, resume=True)
+
+
+def test_held_out_prompts_may_come_with_the_resumption(path, tmp_path):
+    run(path, tmp_path)
+    held_out = {"eval_dataset": tiny.prompts(4), "per_device_eval_batch_size": 8}
+    resumed = run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-2"), **held_out)
+    assert any("distilled/reward" in log for log in resumed.state.log_history)
 
 
 def test_a_lost_set_is_refused(path, tmp_path):

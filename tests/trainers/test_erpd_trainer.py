@@ -9,10 +9,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
+from transformers import TrainerCallback
 from trl import GRPOConfig, TrlParser
 
 from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.fixed_set import arrange, collate, rows_of, share_out
+from trl_ext.erpd.measures import own_samples
 from trl_ext.erpd.schedule import LearningRate, Phase, Schedule, teachers_of
 from trl_ext.erpd.stages import Stages
 
@@ -850,3 +852,121 @@ def test_warnings_of_settings_without_effect(path, tmp_path, caplog):
     assert "epsilon=0.3 has no effect with trust_region='drpo'" in caplog.text
     make_trainer(path, tmp_path, prompts_per_round=2, distillation_anchor="pass")
     assert "stage 2 never leaves its anchor" in caplog.text
+
+
+# ---- at the edges
+
+
+def test_a_floor_of_the_learning_rate_is_in_its_own_units():
+    # transformers gives such a floor as a share of the optimizer's rate: 5e-7 / 1e-6
+    factors = LearningRate(1e-6, "cosine_with_min_lr", 0).factors(10, {"min_lr": 5e-7})
+    assert [factors(0), factors(10)] == pytest.approx([1.0, 0.5])
+    assert LearningRate(1e-6, "linear", 0.3).factors(8, None)(2) == pytest.approx(2 / 3)  # ceil(0.3 * 8) = 3 updates
+
+
+def test_prompts_that_only_fill_up_the_last_batch_do_not_count(path, tmp_path, monkeypatch):
+    """As on several processes, where the last batches begin again with the first prompts."""
+    held_out = tiny.prompts(3)
+    trainer = make_trainer(path, tmp_path, eval_dataset=held_out, per_device_eval_batch_size=8, num_generations_eval=4)
+    trainer._stages.base.take()
+    rows = [held_out[i] for i in (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0)]
+    monkeypatch.setattr(trainer, "get_eval_dataloader", lambda dataset: [rows[:8], rows[8:]])
+    samples = own_samples(trainer)
+    assert [sample["rewards"].isnan().tolist() for sample in samples] == [[False] * 8, [False] * 4 + [True] * 4]
+    assert samples[1]["completion_mask"][4:].sum() == 0
+    assert samples[1]["completion_mask"][:4].sum() > 0
+
+
+def test_a_teacher_of_nan_is_named_as_such_with_held_out_prompts_too(path, tmp_path, monkeypatch):
+    trainer = make_trainer(path, tmp_path, eval_dataset=tiny.prompts(4), per_device_eval_batch_size=8)
+    end = Stages.end_phase
+
+    def broken(stages, phase):
+        if phase.stage == 1:
+            trainer.model.lm_head.weight.data.fill_(math.nan)
+        end(stages, phase)
+
+    monkeypatch.setattr(Stages, "end_phase", broken)
+    with pytest.raises(ValueError, match="its training has failed"):
+        trainer.train()
+
+
+def test_a_third_reward_is_noticed_before_the_rest_is_sampled(path, tmp_path):
+    asked = []
+
+    def reward(completions, **kwargs):
+        asked.append(len(completions))
+        return [float(i % 3) for i in range(len(completions))]
+
+    trainer = make_trainer(path, tmp_path, reward, extraction_loss="ce")
+    with pytest.raises(ValueError, match=r"at least 0, 1, 2: give a reward function of two values"):
+        trainer.train()
+    assert asked == [8]  # of 32 rollouts
+
+
+def test_what_only_some_generations_have():
+    def row(length, **more):
+        ones = torch.ones(length, dtype=torch.long)
+        base = {"prompt_ids": ones, "completion_ids": ones, "completion_mask": ones}
+        return {**base, "advantages": torch.tensor(0.0), "rewards": torch.tensor(0.0), **more}
+
+    masked_row = row(3, tool_mask=torch.tensor([1, 0, 1]), sampling_per_token_logps=torch.tensor([-1.0, -2.0, -3.0]))
+    for rows in ([row(2), masked_row], [masked_row, row(2)]):
+        batch = collate(rows, 0, None)
+        by_length = {int(mask.sum()): i for i, mask in enumerate(batch["completion_mask"])}
+        assert batch["tool_mask"][by_length[3]].tolist() == [1, 0, 1]
+        assert batch["tool_mask"][by_length[2]].tolist()[:2] == [1, 1]
+        assert batch["sampling_per_token_logps"][by_length[3]].tolist() == [-1.0, -2.0, -3.0]
+        assert batch["sampling_per_token_logps"][by_length[2]][:2].isnan().all()
+
+
+def test_a_pass_that_is_ended_early_is_an_error(path, tmp_path):
+    class Impatient(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 2
+
+    with pytest.raises(ValueError, match="should_training_stop"):
+        make_trainer(path, tmp_path, callbacks=[Impatient()]).train()
+
+
+def test_the_kl_is_corrected_by_the_ratio_to_the_base(path, tmp_path):
+    """The tokens are the base policy's, whatever the trust region is around."""
+    seen = []
+
+    class Watched(ERPDTrainer):
+        def _insert_policy_loss(self, inputs, logps):
+            super()._insert_policy_loss(inputs, logps)
+            if self.state.global_step >= 9:  # beyond the first pass of stage 2
+                seen.append([inputs[f"{name}_logps"].clone() for name in ("old_per_token", "base", "anchor")])
+
+    make_trainer(
+        path, tmp_path, trainer_class=Watched, distillation_anchor="pass", beta=0.1, extraction_passes=1
+    ).train()
+    old, base, anchor = seen[-1]
+    assert torch.equal(old, base)
+    assert not torch.equal(base, anchor)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"extraction_lr_scheduler_type": "foo"}, "extraction_lr_scheduler_type='foo' cannot be made"),
+        ({"rounds": 1.5}, "rounds=1.5 is no whole number"),
+    ],
+)
+def test_more_settings_that_cannot_be_honoured(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        ERPDConfig(**settings(tmp_path, **overrides))
+
+
+def test_a_list_is_no_data_set(path, tmp_path):
+    with pytest.raises(ValueError, match=r"Dataset\.from_list"):
+        ERPDTrainer("no/model", right_or_wrong, ERPDConfig(**settings(tmp_path)), [{"prompt": "1"}])
+
+
+def test_without_held_out_prompts_they_are_asked_for(path, tmp_path, caplog):
+    make_trainer(path, tmp_path)
+    assert caplog.text.count("pass held-out prompts as eval_dataset") == 1
+    caplog.clear()
+    make_trainer(path, tmp_path, eval_dataset=tiny.prompts(4), per_device_eval_batch_size=8)
+    assert "held-out" not in caplog.text

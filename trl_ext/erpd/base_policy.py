@@ -58,7 +58,7 @@ class WeightsCopy:
         """Writes what this process keeps, as safetensors."""
         if self.keeps:
             Path(folder).mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
-            save_file({str(i): tensor for i, tensor in enumerate(self.tensors)}, self._path(folder))
+            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(self.tensors)}, self._path(folder))
 
     def load(self, folder: str) -> "WeightsCopy":
         """Reads what `save` wrote."""

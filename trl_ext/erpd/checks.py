@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset
 from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings, check_policy_loss_args
-from trl_ext.erpd.schedule import as_list, as_text
+from trl_ext.erpd.schedule import LearningRate, as_list, as_text
 from trl_ext.losses.signal import SIGNALS
 
 
@@ -71,6 +71,8 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
         raise ValueError(f"signal_weights={weights} leave nothing to distil: give finite numbers, not all 0.")
     for name in ("rounds", "extraction_passes", "distillation_passes"):
+        if not isinstance(getattr(args, name), int):
+            raise ValueError(f"{name}={getattr(args, name)!r} is no whole number: set it to one.")
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
     for name in ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip", "trust_region_radius"):
@@ -121,6 +123,14 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
     for name, (value, reason) in refused.items():
         if getattr(args, name) != value:
             raise ValueError(f"{name}={getattr(args, name)} {reason}: set it to {value}.")
+    for name, kwargs in (("extraction_lr_scheduler_type", None), ("lr_scheduler_type", args.lr_scheduler_kwargs)):
+        try:
+            LearningRate(args.learning_rate, as_text(getattr(args, name)), 0).factors(1, kwargs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}={as_text(getattr(args, name))!r} cannot be made ({error}): set it to 'constant', 'linear' or "
+                "'cosine', for example."
+            ) from error
     if str(as_text(args.optim)).startswith("schedule_free"):
         raise ValueError(
             f"optim={as_text(args.optim)!r} keeps its averages outside of its state, which each stage starts without: "
@@ -131,7 +141,7 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
 def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
     """Raises a `ValueError` for arguments of the trainer's constructor that ERPD cannot honour."""
     dataset = given.get("train_dataset")
-    if dataset is None or isinstance(dataset, IterableDataset):
+    if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{owner} draws the prompts of each round from a data set of known length and cannot use train_dataset="
             f"{type(dataset).__name__}: pass a datasets.Dataset, e.g. Dataset.from_list(rows)."

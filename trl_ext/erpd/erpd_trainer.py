@@ -20,7 +20,7 @@ from trl_ext.drpo.drpo_trainer import CLIPPING_SETTINGS
 from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
 from trl_ext.erpd.erpd_config import ERPDConfig
 from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, phases_of, teachers_of
-from trl_ext.erpd.stages import Stages
+from trl_ext.erpd.stages import Stages, newest_whole_checkpoint
 from trl_ext.losses import (
     TokenLoss,
     drpo_loss,
@@ -29,6 +29,7 @@ from trl_ext.losses import (
     reward_regression_loss,
     sapo_loss,
 )
+from trl_ext.losses.token_loss import bounded_behaviour_logps
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 
 
@@ -125,6 +126,11 @@ class ERPDTrainer(PolicyLossTrainer):
         self._user_args, self._distillation_beta, args.beta = args, args.beta, 0.0
 
     def warn_about_args(self) -> None:
+        if self.eval_dataset is None:
+            logger.warning(
+                "Without eval_dataset the policies are measured on the set that they are trained on, where a ruined "
+                "teacher may not be seen to be one: pass held-out prompts as eval_dataset."
+            )
         if self.args.trust_region == "drpo" and (changed := changed_settings(self.args, CLIPPING_SETTINGS)):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             logger.warning(
@@ -141,6 +147,11 @@ class ERPDTrainer(PolicyLossTrainer):
 
     # ---- one continuous run: an epoch is a pass over the set
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, self.accelerator.num_processes)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def get_train_dataloader(self) -> Any:
         # Only places in the set, because what is in it is not known before the first step
         places: Any = range(self.prompts_per_round * self.num_generations)
@@ -156,8 +167,9 @@ class ERPDTrainer(PolicyLossTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         if self.lr_scheduler is not None and not self._created_lr_scheduler:
             raise ValueError(
-                "The learning rate starts anew with each stage, which DeepSpeed's scheduler does not: remove "
-                "`scheduler` from DeepSpeed's config, and set lr_scheduler_type and extraction_lr_scheduler_type."
+                "The learning rate starts anew with each stage, which DeepSpeed's own does not: remove `optimizer` "
+                "and `scheduler` from DeepSpeed's config, and set optim, lr_scheduler_type and "
+                "extraction_lr_scheduler_type."
             )
         if self.lr_scheduler is None:
             factor = self.schedule.learning_rate(self.args.learning_rate, self.args.lr_scheduler_kwargs)
@@ -268,12 +280,18 @@ class ERPDTrainer(PolicyLossTrainer):
                 per_token_logps, base_logps, outcomes, mask, beta_r=self.args.extraction_beta
             )
         else:
-            targets = reverse * advantages.squeeze(1)
+            targets = (reverse * advantages.squeeze(1)).masked_fill(inputs["rewards"].isnan(), torch.nan)
             token_loss = reward_regression_loss(
                 per_token_logps, base_logps, targets, mask, beta_r=self.args.extraction_beta
             )
         token_loss.metrics["kl_from_base"] = base_logps - per_token_logps.detach()
         return token_loss
+
+    def _insert_policy_loss(self, inputs: dict[str, Any], logps: torch.Tensor) -> None:
+        super()._insert_policy_loss(inputs, logps)
+        if self.model.training and self._phase.stage == 2:
+            # What TRL corrects its KL estimate by: the tokens are the base policy's, whatever the anchor is
+            inputs["old_per_token_logps"] = bounded_behaviour_logps(logps, inputs["base_logps"])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.model.training:
@@ -311,7 +329,8 @@ class ERPDTrainer(PolicyLossTrainer):
 
     def run_identity(self) -> dict[str, Any]:
         """What the fixed set of a checkpoint, and the place in its round, depend on."""
-        names = ("seed", "extraction_passes", "distillation_passes")
+        names = ["seed", "extraction_passes", "distillation_passes", "temperature", "top_p", "top_k", "min_p"]
+        names += ["mask_truncated_completions"]
         return {
             **self._run_identity(),
             "prompts_per_round": self.prompts_per_round,

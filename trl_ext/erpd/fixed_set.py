@@ -129,7 +129,7 @@ def arrange(lengths: torch.Tensor, batch_size: int, seed: int) -> torch.Tensor:
 def collate(rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | None) -> dict[str, torch.Tensor]:
     """One micro-batch as TRL has it: prompts padded on the left, completions on the right."""
 
-    def padded(name: str, value: float, side: str) -> torch.Tensor:
+    def padded(name: str, value: float, side: str) -> torch.Tensor:  # of `rows` as they are by then
         tensors = [row[name] for row in rows]
         return pad(tensors, padding_value=value, padding_side=side, pad_to_multiple_of=pad_to_multiple_of)
 
@@ -144,7 +144,10 @@ def collate(rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | No
         "completion_ids": padded("completion_ids", pad_token_id, "right"),
         "completion_mask": padded("completion_mask", 0, "right"),
     }
-    for name, value in (("tool_mask", 1), ("sampling_per_token_logps", 0.0)):
-        if name in rows[0]:
-            batch[name] = padded(name, value, "right")
+    # What only some generations have: without a mask all tokens count, without a score there is none
+    for name, absent, padding in (("tool_mask", 1, 1), ("sampling_per_token_logps", torch.nan, 0.0)):
+        if any(name in row for row in rows):
+            kind = next(row[name] for row in rows if name in row)
+            rows = [{name: kind.new_full(row["completion_ids"].shape, absent), **row} for row in rows]
+            batch[name] = padded(name, padding, "right")
     return batch | {name: torch.stack([row[name] for row in rows]) for name in ("advantages", "rewards")}

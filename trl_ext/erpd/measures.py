@@ -1,5 +1,6 @@
 """What is measured of a policy between the stages: on held-out prompts with its own samples, and on the fixed set."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,9 +46,16 @@ def own_samples(trainer: Any) -> Samples:
     samples = []
     with isolated_rng(trainer.accelerator, trainer.args.seed), evaluating(trainer):
         for dataset in datasets:
-            for rows in trainer.get_eval_dataloader(dataset):
+            for number, rows in enumerate(trainer.get_eval_dataloader(dataset)):
                 batch, rewards = trainer.sample(rows)
                 logps, entropies = trainer.score_micro_batch(batch)
+                if hasattr(dataset, "__len__"):  # the last batches are filled up with prompts from the beginning
+                    size, accelerator = trainer.args.per_device_eval_batch_size, trainer.accelerator
+                    first = (number * accelerator.num_processes + accelerator.process_index) * size
+                    again = torch.arange(first, first + len(rows)) >= len(dataset) * trainer.num_generations_eval
+                    again = again.to(rewards.device)
+                    rewards = rewards.masked_fill(again, torch.nan)
+                    batch["completion_mask"] = batch["completion_mask"] * ~again[:, None]
                 sample = {**batch, "rewards": rewards, "logps": logps, "entropies": entropies}
                 samples.append({n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in sample.items()})
     return samples
@@ -77,7 +85,7 @@ def measure_samples(trainer: Any, samples: Samples, base_is_loaded: bool) -> dic
                 base_logps = trainer.score_micro_batch(batch)[0].cpu()
                 sums[4] += (sample["logps"] - base_logps)[mask].double().sum()
     rewards, count, entropy, tokens, log_ratio, sequences = reduced(trainer.accelerator, sums)
-    measures = {"reward": rewards / max(count, 1), "entropy": entropy / max(tokens, 1)}
+    measures = {"reward": rewards / count if count else math.nan, "entropy": entropy / max(tokens, 1)}
     if base_is_loaded:
         measures |= {"kl_per_sequence": log_ratio / max(sequences, 1), "kl_per_token": log_ratio / max(tokens, 1)}
     return measures

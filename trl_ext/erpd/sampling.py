@@ -22,6 +22,8 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
     per_generation = trainer.args.generation_batch_size // trainer.num_generations
     chunks: list[list[Row]] = []
     agreeing = 0
+    rewards_seen: set[float] = set()
+    binary = any(phase.loss == "ce" for phase in trainer.schedule.phases)
     for start in range(0, len(prompts), per_generation):
         trainer.describe(f"Round {round_number}/{trainer.schedule.rounds}: sampling, prompt {start}/{len(prompts)}")
         rows = [dataset[i] for i in prompts[start : start + per_generation]]
@@ -29,7 +31,19 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
         local = len(rows) // trainer.accelerator.num_processes
         first = trainer.accelerator.process_index * local
         rollouts, rewards = trainer.sample(rows[first : first + local])
+        if rollouts.get("num_images") is not None:
+            raise ValueError(
+                "The rollouts hold images, and the fixed set keeps tokens alone: leave images out of the prompts, or "
+                "train with DRPOTrainer."
+            )
         chunks.append(rows_of(rollouts, rewards))
+        rewards_seen |= set(trainer.rewards_of_all[trainer.rewards_of_all.isfinite()].float().tolist())
+        if binary and len(rewards_seen) > 2:  # on all processes alike, and before the rest is sampled
+            three = ", ".join(f"{reward:g}" for reward in sorted(rewards_seen)[:3])
+            raise ValueError(
+                f"extraction_loss='ce' needs rewards of two kinds, right and wrong, but there are at least {three}: "
+                "give a reward function of two values, or set extraction_loss to 'mse' or 'sapo'."
+            )
         groups = trainer.rewards_of_all.view(-1, trainer.num_generations)
         agreeing += int(((groups - groups.nanmean(1, keepdim=True)).abs().nan_to_num() < 1e-6).all(1).sum())
     if agreeing == len(prompts):
@@ -42,8 +56,8 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
     )
     size, seed = trainer.args.per_device_train_batch_size, trainer.args.seed + round_number
     fixed_set = share_out(chunks, trainer.accelerator, size, seed, padded)
-    if any(phase.loss == "ce" for phase in trainer.schedule.phases):
-        add_outcomes(trainer, fixed_set)
+    if binary:
+        add_outcomes(fixed_set, rewards_seen)
     return fixed_set, {
         "fixed_set/prompts": len(prompts),
         "fixed_set/prompts_without_signal": agreeing,
@@ -62,22 +76,9 @@ def prompts_of_round(trainer: "ERPDTrainer", round_number: int) -> list[int]:
     return order[place * size : (place + 1) * size].tolist()
 
 
-def add_outcomes(trainer: "ERPDTrainer", fixed_set: FixedSet) -> None:
-    """`outcomes` join the set: the rewards as 0 and 1, NaN where there is none, for `extraction_loss="ce"`."""
-    gather, device = trainer.accelerator.gather, trainer.accelerator.device
-    rewards = torch.cat([batch["rewards"] for batch in fixed_set.batches])
-    known = rewards[rewards.isfinite()]
-    high = known.amax() if len(known) else torch.tensor(-torch.inf)
-    low = known.amin() if len(known) else torch.tensor(torch.inf)
-    high, low = gather(high[None].to(device)).amax().cpu(), gather(low[None].to(device)).amin().cpu()
-    strange = known[(known != low) & (known != high)]
-    strange = gather(strange[:1].to(device) if len(strange) else torch.tensor([torch.nan], device=device))
-    if not strange.isnan().all():
-        raise ValueError(
-            f"extraction_loss='ce' needs rewards of two kinds, right and wrong, but there are at least {low:g}, "
-            f"{strange[~strange.isnan()][0]:g} and {high:g}: give a reward function of two values, or set "
-            "extraction_loss to 'mse' or 'sapo'."
-        )
+def add_outcomes(fixed_set: FixedSet, rewards_seen: set[float]) -> None:
+    """`outcomes` join the set: the rewards, at most two of them, as 0 and 1, NaN where there is none, for `"ce"`."""
     for batch in fixed_set.batches:
-        right = batch["rewards"] == high if low < high else batch["rewards"] > 0
-        batch["outcomes"] = torch.where(batch["rewards"].isfinite(), right.float(), torch.nan)
+        rewards = batch["rewards"].float()
+        right = rewards == max(rewards_seen) if len(rewards_seen) == 2 else rewards > 0
+        batch["outcomes"] = torch.where(rewards.isfinite(), right.float(), torch.nan)

@@ -1,5 +1,6 @@
 """What happens when in a run of ERPD: rounds, their phases, passes over the set, and each update's learning rate."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ class LearningRate:
 
     def factors(self, steps: int, scheduler_kwargs: dict | None) -> Callable[[int], float]:
         """Update of the phase -> share of the height, as transformers has it."""
-        warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else round(steps * self.warmup_steps)
-        nobody = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+        warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(steps * self.warmup_steps)
+        # Some schedules have a floor in learning rate, which they divide by that of the optimizer
+        nobody = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.height)
         schedule = get_scheduler(
             self.scheduler_type, nobody, warmup, steps, scheduler_specific_kwargs=scheduler_kwargs or None
         )

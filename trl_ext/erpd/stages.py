@@ -1,6 +1,7 @@
 """What happens between the stages of ERPD: sampling, scoring, measuring, restoring the base policy."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class Stages:
         self.base = WeightsCopy(trainer)
         self.base_measures: dict[str, float] = {}
         self._pass: tuple[int, list[int]] | None = None  # the pass at hand, and its order of the batches
+        self._begun: int | None = None  # the pass whose beginning this process has seen
 
     # ---- the updates
 
@@ -47,6 +49,12 @@ class Stages:
         number = step // self.schedule.steps_per_pass
         if index == 0 and step % self.schedule.steps_per_pass == 0:
             self._begin_pass(number)
+            self._begun = number
+        elif self._begun not in (None, number):  # a run that resumes within a pass has begun none
+            raise ValueError(
+                "A callback has ended a pass over the set early (control.should_epoch_stop), without which the stages "
+                "do not fit together: end the whole run instead (control.should_training_stop)."
+            )
         assert self.fixed_set is not None  # sampled by the first pass, or loaded from the checkpoint
         if self._pass is None or self._pass[0] != number:
             self._pass = number, self.fixed_set.order(self.trainer.args.seed * 1_000_003 + number)
@@ -57,7 +65,7 @@ class Stages:
         assert self.fixed_set is not None
         args, sampler_logps = self.trainer.args, batch.pop("sampling_per_token_logps", None)
         batch["old_per_token_logps"] = batch["anchor_logps"] if phase.stage == 2 else batch["base_logps"]
-        if phase.stage == 1 and sampler_logps is not None:
+        if phase.stage == 1 and sampler_logps is not None and self.trainer._uses_sampler_logps:
             known = sampler_logps.isfinite()
             batch["old_per_token_logps"] = torch.where(known, sampler_logps, batch["base_logps"])
         if phase.stage == 2:
@@ -103,12 +111,15 @@ class Stages:
         """Measures the policy that `phase` has trained; after stage 1, scores the set by it and restores the base."""
         self._describe(phase, "measuring")
         held_out = self.trainer.eval_dataset is not None
-        samples = own_samples(self.trainer) if held_out else []
         measures: dict[str, float] = {}
         if phase.stage == 1:
-            if self.trainer.args.keep_teachers:
-                self.trainer.save_model(str(Path(self.trainer.args.output_dir, f"round-{phase.round}", phase.name)))
+            # Before anything is sampled: it stops at a policy that is NaN
             measures = {f"set_{name}": value for name, value in self._score(phase.name).items()}
+        samples = own_samples(self.trainer) if held_out else []
+        if phase.stage == 1:
+            if self.trainer.args.keep_teachers:
+                folder = Path(self.trainer.args.output_dir, f"round-{phase.round}", phase.name)
+                self.trainer.save_model(str(folder), _internal_call=True)  # or it would be pushed to the Hub
             self.base.restore()
             self.trainer.weights_have_changed()
             if held_out:
@@ -116,8 +127,10 @@ class Stages:
         elif held_out:
             distilled = WeightsCopy(self.trainer).take()
             self.base.restore()
-            measures = measure_samples(self.trainer, samples, base_is_loaded=True)
-            distilled.restore()
+            try:
+                measures = measure_samples(self.trainer, samples, base_is_loaded=True)
+            finally:
+                distilled.restore()
         else:
             measures = {f"set_{name}": value for name, value in self._score("distilled").items()}
         self._log(phase, {f"{phase.name}/{name}": value for name, value in measures.items()})
@@ -162,7 +175,7 @@ class Stages:
             "entropy": entropy / max(tokens, 1),
             "kl_per_sequence": kl / max(sequences, 1),
             "kl_per_token": kl / max(tokens, 1),
-            "log_ratio_of_right": good_log_ratio / max(good_count, 1),
+            "log_ratio_of_right": good_log_ratio / good_count if good_count else math.nan,
         }
 
     def _make_signal(self, phase: Phase) -> None:
@@ -204,7 +217,7 @@ class Stages:
         teacher = teachers_of(self.trainer.args)[phase.teacher]
         if teacher.signal != "teacher":
             return  # the unlearned policy is there for such teachers
-        if "reward" in measures:
+        if "reward" in measures and "reward" in self.base_measures:
             base = self.base_measures
             collapsed = not measures["reward"] > base["reward"]
             finding = (
@@ -213,7 +226,7 @@ class Stages:
                 f"{measures['kl_per_sequence']:.1f} nats a sequence away from it)"
             )
         else:
-            collapsed = not measures["set_log_ratio_of_right"] > 0
+            collapsed = measures["set_log_ratio_of_right"] <= 0  # NaN where no rollout is better than another
             finding = (
                 f"makes even the right rollouts less likely than the base policy does (by "
                 f"{-measures['set_log_ratio_of_right']:.2f} nats a sequence)"
@@ -257,9 +270,26 @@ class Stages:
                 f"The run cannot go on with the checkpoint {folder} ({changes}): resume with the settings and the "
                 "number of processes that it was written with, or start anew from its weights."
             )
+        if self.trainer.state.global_step > self.schedule.steps:
+            raise ValueError(
+                f"The checkpoint {folder} is of update {self.trainer.state.global_step}, and a run of "
+                f"{self.schedule.rounds} rounds has {self.schedule.steps}: set rounds to what it was, or more."
+            )
         self.fixed_set = FixedSet.load(path)
         self.base_measures = json.loads(read_metadata(path)["base"])
         self.base.load(folder)
 
     def _path(self, folder: str) -> Path:
         return Path(folder) / f"fixed_set_{self.trainer.accelerator.process_index}.safetensors"
+
+
+def newest_whole_checkpoint(output_dir: str, num_processes: int) -> str:
+    """The newest checkpoint whose writing was finished; a run may be killed while it writes one."""
+    folders = [(int(f.name.split("-")[1]), f) for f in Path(output_dir).glob("checkpoint-*") if f.name[11:].isdigit()]
+    for _, folder in sorted(folders, reverse=True):
+        files = ["trainer_state.json", *(f"fixed_set_{process}.safetensors" for process in range(num_processes))]
+        if missing := [name for name in files if not (folder / name).exists()]:
+            logger.warning(f"{folder} lacks {missing[0]} and is passed over: an earlier checkpoint is resumed from.")
+            continue
+        return str(folder)
+    raise ValueError(f"There is no whole checkpoint in {output_dir} to resume from: train from the start.")

@@ -93,13 +93,13 @@ def reward_regression_loss(
 
     Args:
         targets (`torch.Tensor` of shape `(batch,)`):
-            \\( A \\), the rewards, normalised within the rollouts of a prompt.
+            \\( A \\), the rewards, normalised within the rollouts of a prompt. A sequence of target NaN has no loss.
         beta_r (`float`, defaults to `0.5`):
             \\( \beta_r \\), in 1 / nats.
     """
     implicit_rewards = implicit_reward(logps, base_logps, mask, beta_r=beta_r)
     targets = at_least_float32(targets).detach()
-    losses = (implicit_rewards - targets).square()
+    losses = masked((implicit_rewards - targets.nan_to_num()).square(), ~targets.isnan())
     metrics: Metrics = {
         "extraction/implicit_reward_right": _where(implicit_rewards, targets > 0),
         "extraction/implicit_reward_wrong": _where(implicit_rewards, targets < 0),
@@ -116,7 +116,7 @@ def implicit_reward(
     Not clamped: its gradient must not vanish where a sequence has drifted far, which is when it is needed.
     """
     logps = at_least_float32(logps)
-    # An impossible token: -inf would make the loss of the whole batch inf, so it counts as the smallest float's logp
+    # An impossible token: -inf would make the loss of the whole batch inf, so it counts as e^-100
     logps = torch.where(logps == -torch.inf, logps.detach().clamp(min=-100.0), logps)
     log_ratio = masked(logps - known_or_current(base_logps, logps), mask.bool())
     return beta_r * log_ratio.sum(-1)

@@ -24,7 +24,7 @@ MIN_SIGNAL_STD = 1e-5
 
 def token_signal(signal: str, logps: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     r"""
-    The raw signal, detached, in nats; 0 where masked, and where a policy gave no finite log-probability.
+    The raw signal, detached, in nats; 0 where masked, NaN where a policy gave no finite log-probability.
 
     | signal | \\( s_t \\) |
     |---|---|
@@ -40,12 +40,15 @@ def token_signal(signal: str, logps: dict[str, torch.Tensor], mask: torch.Tensor
     """
     numerator, denominator = (logps[name].detach().float() for name in SIGNALS[signal])
     difference = numerator - denominator
-    return masked(difference, mask.bool() & difference.isfinite())
+    return masked(torch.where(difference.isfinite(), difference, torch.nan), mask.bool())
 
 
 def signal_moments(signal: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Count, sum and sum of squares over the unmasked tokens: (3,) in float64. Moments of several batches add up."""
-    values = signal[mask.bool()].double()
+    """
+    Count, sum and sum of squares over the unmasked tokens that have a signal: (3,) in float64. Moments of several
+    batches add up.
+    """
+    values = signal[mask.bool() & ~signal.isnan()].double()
     return torch.stack([torch.tensor(float(values.numel()), dtype=torch.float64), values.sum(), values.square().sum()])
 
 
@@ -68,7 +71,8 @@ def normalize_signal(
     clip: float | None = 2.0,
 ) -> torch.Tensor:
     r"""
-    \\( \mathrm{clamp}((s_t - m) / d, -c, c) \\), of shape `(batch, time)`, 0 where masked. Our choice.
+    \\( \mathrm{clamp}((s_t - m) / d, -c, c) \\), of shape `(batch, time)`, 0 where masked or NaN. Our
+    choice.
 
     `"standardize"`: \\( m \\) mean and \\( d \\) standard deviation over the tokens of the whole set. The mean of
     `"teacher"` on the base's own samples is \\( -\mathrm{KL}(\pi_0 \| \pi_E) \le 0 \\): left in, it pushes every
@@ -81,10 +85,11 @@ def normalize_signal(
         clip (`float`, *optional*, defaults to `2.0`):
             \\( c \\). `None` for no bound.
     """
+    known = mask.bool() & ~signal.isnan()
     if std < MIN_SIGNAL_STD:
         return torch.zeros_like(signal)
     if normalization == "standardize":
         signal = signal - mean
     if normalization != "none":
         signal = signal / std
-    return masked(signal if clip is None else signal.clamp(-clip, clip), mask.bool())
+    return masked(signal if clip is None else signal.clamp(-clip, clip), known)
