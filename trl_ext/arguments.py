@@ -23,12 +23,12 @@ def as_config(args: TrainingArguments | None, config_class: type[ConfigT], model
     TRL's plain configuration, of which `config_class` is a subclass (or a user's subclass of it), keeps all its
     values; `None` gives the defaults with TRL's usual output directory, `{model}-{method}`.
     """
-    plain_class = trl_config(config_class)
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "policy"
         return config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
     if isinstance(args, config_class):
         return args
+    plain_class = trl_config(config_class)
     if not isinstance(args, plain_class):
         raise TypeError(
             f"`args` must be a {config_class.__name__} or a trl {plain_class.__name__}, got {type(args).__name__}: "
