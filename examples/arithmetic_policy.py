@@ -71,7 +71,6 @@ class Recipe(PolicyRecipe):
 
 
 PUPIL = Recipe()
-TEACHER = Recipe(slip_rate=0.0, forgotten_carry_rate=0.0)
 
 _VERSION = 2  # part of the names in the cache: raise it when the code below, or the wording of solutions, changes
 

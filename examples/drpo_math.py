@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 from arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
 from arithmetic_policy import prepare_policy
+from command_line import add_model_init_kwargs, parse_arguments
 from math_problems import load_problems, math_reward
 from report import Run, draw_curves, results_table
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from trl_ext import DRPOConfig, DRPOTrainer
 
@@ -85,12 +86,7 @@ def main(script_args: DRPOScriptArguments, training_args: DRPOConfig, model_args
         training_args.eval_on_start = held_out is not None
         training_args.num_generations_eval = training_args.num_generations_eval or 1
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    add_model_init_kwargs(training_args, model_args)
     trainer = DRPOTrainer(
         model=model_path,
         reward_funcs=right_answer if embedded else math_reward,
@@ -149,24 +145,5 @@ def main(script_args: DRPOScriptArguments, training_args: DRPOConfig, model_args
         trainer.end()
 
 
-def parse_arguments() -> tuple[DRPOScriptArguments, DRPOConfig, ModelConfig]:
-    """Flags over the config file (`--config`) over, in the embedded task, `EMBEDDED_DEFAULTS` over TRL's defaults."""
-    first_look = TrlParser((DRPOScriptArguments, ModelConfig), allow_abbrev=False, add_help=False)
-    script_args, model_args, others = first_look.parse_args_and_config(return_remaining_strings=True)
-    if (script_args.dataset_name is None) != (model_args.model_name_or_path is None):
-        raise ValueError(
-            "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded policy "
-            "on sums."
-        )
-    parser = TrlParser((DRPOScriptArguments, DRPOConfig, ModelConfig), allow_abbrev=False)
-    if script_args.dataset_name is None:
-        given = {flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in others}
-        # Two settings that TRL reads only where another one is not set, or not beside it
-        hindered = {"steps_per_generation": "generation_batch_size", "max_steps": "num_train_epochs"}
-        defaults = {name: value for name, value in EMBEDDED_DEFAULTS.items() if hindered.get(name) not in given}
-        parser.set_defaults_with_config(**defaults)
-    return parser.parse_args_and_config()
-
-
 if __name__ == "__main__":
-    main(*parse_arguments())
+    main(*parse_arguments(DRPOScriptArguments, DRPOConfig, EMBEDDED_DEFAULTS))

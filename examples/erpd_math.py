@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from arithmetic import TOKENS_PER_DIGIT, as_dataset, right_answer, split_problems
 from arithmetic_policy import prepare_policy
+from command_line import add_model_init_kwargs, parse_arguments
 from math_problems import load_problems, math_reward
 from report import NO_MATPLOTLIB, load_pyplot, markdown_table
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from trl_ext import ERPDConfig, ERPDTrainer
 
@@ -83,12 +84,7 @@ def main(script_args: ERPDScriptArguments, training_args: ERPDConfig, model_args
         train_dataset, held_out = load_problems(script_args, tokenizer, script_args.num_held_out, training_args.seed)
     training_args.num_generations_eval = training_args.num_generations_eval or 1  # one completion a held-out problem
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    add_model_init_kwargs(training_args, model_args)
     trainer = ERPDTrainer(
         model=model_path,
         reward_funcs=right_answer if embedded else math_reward,
@@ -181,20 +177,5 @@ def draw_stages(log_history: list[dict[str, Any]], path: Path) -> str:
     return f"Picture: {path}"
 
 
-def parse_arguments() -> tuple[ERPDScriptArguments, ERPDConfig, ModelConfig]:
-    """Flags over the config file (`--config`) over, in the embedded task, `EMBEDDED_DEFAULTS` over TRL's defaults."""
-    first_look = TrlParser((ERPDScriptArguments, ModelConfig), allow_abbrev=False, add_help=False)
-    script_args, model_args, _ = first_look.parse_args_and_config(return_remaining_strings=True)
-    if (script_args.dataset_name is None) != (model_args.model_name_or_path is None):
-        raise ValueError(
-            "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded policy "
-            "on sums."
-        )
-    parser = TrlParser((ERPDScriptArguments, ERPDConfig, ModelConfig), allow_abbrev=False)
-    if script_args.dataset_name is None:
-        parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
-    return parser.parse_args_and_config()
-
-
 if __name__ == "__main__":
-    main(*parse_arguments())
+    main(*parse_arguments(ERPDScriptArguments, ERPDConfig, EMBEDDED_DEFAULTS))

@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 from arithmetic_policy import prepare_policy
+from command_line import add_model_init_kwargs, parse_arguments
 from datasets import Dataset
 from knights_and_knaves import as_dataset, right_compact_roles, right_roles, split_puzzles
 from puzzle_policy import MAX_TOKENS, STUDENT, TEACHER, embedded_puzzles
 from report import Panel, Run, draw_curves, results_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import RLADConfig, RLADTrainer
 
@@ -156,12 +157,7 @@ def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args
         )
         puzzles = split_puzzles(script_args.num_train, script_args.num_held_out, script_args.num_people)
         data, reward = (as_dataset(puzzles.train, tokenizer), as_dataset(puzzles.held_out, tokenizer)), right_roles
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(training_args.model_init_kwargs or {}),
-        }
+        add_model_init_kwargs(training_args, model_args)
     # TRL evaluates where its training loop has prepared the model for DeepSpeed or FSDP; one completion a puzzle
     training_args.eval_on_start = True
     training_args.num_generations_eval = training_args.num_generations_eval or 1
@@ -171,15 +167,5 @@ def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args
         print(draw_curves(runs, Path(training_args.output_dir) / "curves.png", PANELS))
 
 
-def parse_arguments() -> tuple[RLADScriptArguments, RLADConfig, ModelConfig]:
-    """Flags over the config file (`--config`) over, in the embedded task, `EMBEDDED_DEFAULTS` over TRL's defaults."""
-    first_look = TrlParser((RLADScriptArguments, ModelConfig), allow_abbrev=False, add_help=False)
-    _, model_args, _ = first_look.parse_args_and_config(return_remaining_strings=True)
-    parser = TrlParser((RLADScriptArguments, RLADConfig, ModelConfig), allow_abbrev=False)
-    if model_args.model_name_or_path is None:
-        parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
-    return parser.parse_args_and_config()
-
-
 if __name__ == "__main__":
-    main(*parse_arguments())
+    main(*parse_arguments(RLADScriptArguments, RLADConfig, EMBEDDED_DEFAULTS))

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, split_problems
 from arithmetic_policy import Recipe, prepare_policy
+from command_line import add_model_init_kwargs, parse_arguments
 from datasets import Dataset
 from math_problems import load_problems
 from report import Panel, Run, draw_curves, results_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 from trl.experimental.gkd import GKDTrainer
 
 from trl_ext import TrOPDConfig, TrOPDTrainer
@@ -209,12 +210,7 @@ def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_ar
     else:
         data = load_problems(script_args, tokenizer, script_args.num_held_out, training_args.seed)
         training_args.eval_on_start = data[1] is not None  # where the model is prepared for DeepSpeed or FSDP
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(training_args.model_init_kwargs or {}),
-        }
+        add_model_init_kwargs(training_args, model_args)
     before: dict[str, float] = {}  # of the start that all share
     runs = [train(method, training_args, model_args, paths, tokenizer, data, problems, before) for method in methods]
     if training_args.process_index == 0:
@@ -222,20 +218,5 @@ def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_ar
         print(draw_curves(runs, Path(training_args.output_dir) / "curves.png", PANELS))
 
 
-def parse_arguments() -> tuple[TrOPDScriptArguments, TrOPDConfig, ModelConfig]:
-    """Flags over the config file (`--config`) over, in the embedded task, `EMBEDDED_DEFAULTS` over TRL's defaults."""
-    first_look = TrlParser((TrOPDScriptArguments, ModelConfig), allow_abbrev=False, add_help=False)
-    script_args, model_args, _ = first_look.parse_args_and_config(return_remaining_strings=True)
-    if (script_args.dataset_name is None) != (model_args.model_name_or_path is None):
-        raise ValueError(
-            "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded student "
-            "on sums."
-        )
-    parser = TrlParser((TrOPDScriptArguments, TrOPDConfig, ModelConfig), allow_abbrev=False)
-    if script_args.dataset_name is None:
-        parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
-    return parser.parse_args_and_config()
-
-
 if __name__ == "__main__":
-    main(*parse_arguments())
+    main(*parse_arguments(TrOPDScriptArguments, TrOPDConfig, EMBEDDED_DEFAULTS))
