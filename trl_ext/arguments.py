@@ -89,8 +89,7 @@ def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
 def changed_settings(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """Those of the named settings that somebody set to another value than the default of the method."""
     defaults = {setting.name: setting.default for setting in fields(args)}
-    values = {name: getattr(args, name) for name in names if name in defaults}
-    return {name: value for name, value in values.items() if value not in (None, defaults[name])}
+    return {name: getattr(args, name) for name in names if name in defaults and getattr(args, name) != defaults[name]}
 
 
 def with_keyword(function: Callable, name: str) -> inspect.Signature:

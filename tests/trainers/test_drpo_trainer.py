@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import DRPOConfig, DRPOTrainer
-from trl_ext.arguments import as_config
+from trl_ext.arguments import as_config, changed_settings
 from trl_ext.losses import dppo_loss, drpo_loss, policy_clip_loss, spo_loss
 
 
@@ -626,3 +626,9 @@ def test_a_good_configuration_brings_no_warning(path, tmp_path, caplog):
     make_trainer(path, tmp_path, loss_type="dr_grpo", beta=0.1)
     make_trainer(path, tmp_path, rollout_func=tiny.rollout, top_k=None, min_p=0.0)
     assert not [record for record in caplog.records if record.name.startswith("trl_ext")]
+
+
+def test_a_setting_that_was_set_to_none_was_set(tmp_path):
+    args = DRPOConfig(**tiny.grpo_settings(tmp_path, vllm_importance_sampling_clip_max=None))
+    names = ("vllm_importance_sampling_clip_max", "epsilon_high", "no_such_setting")
+    assert changed_settings(args, names) == {"vllm_importance_sampling_clip_max": None}

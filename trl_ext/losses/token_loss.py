@@ -23,8 +23,8 @@ class TokenLoss:
         metrics (`dict[str, torch.Tensor]`, *optional*):
             Detached values, of shape `(batch, time)` for one value a token or `(batch,)` for one a sequence. A name
             that begins or ends with `min` or `max` is reduced with that, any other with the mean over the unmasked
-            tokens (or over the sequences whose value is not NaN) of all processes. A pair
-            is of one value a token and their weights in that mean.
+            tokens (or over the sequences whose value is not NaN) of all processes.
+            A pair is of one value a token and their weights in that mean.
     """
 
     loss: torch.Tensor

@@ -1,7 +1,6 @@
 """RL-aware distillation."""
 
 import textwrap
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from trl_ext.arguments import with_keyword
 from trl_ext.losses import TokenLoss, kdrl_penalty, policy_clip_loss, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args
-from trl_ext.teacher import AdapterTeacher, Teacher, make_teacher
+from trl_ext.teacher import Teacher, make_teacher
 
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ class RLADTrainer(PolicyLossTrainer):
         return (~correct[start : start + local_size]).unsqueeze(1)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.teacher.left_out() if isinstance(self.teacher, AdapterTeacher) else nullcontext():
+        with self.teacher.left_out():
             super()._save(output_dir, state_dict)
 
 

@@ -238,7 +238,9 @@ def settings_without_effect(args: Any) -> tuple[str, ...]:
         "shuffle_dataset",
         "packing_strategy",
     ]
-    names += ["pad_to_multiple_of", "truncation_mode", "dataset_num_proc", "average_tokens_across_devices"]
+    names += ["truncation_mode", "dataset_num_proc", "average_tokens_across_devices"]
+    if args.pad_to_multiple_of is not None:  # which its default, "auto", becomes
+        names.append("pad_to_multiple_of")
     forward_kl = args.objective == "tropd" and args.outlier_loss == "forward_kl"
     if args.lmbda == 1:
         names.append("seq_kd")

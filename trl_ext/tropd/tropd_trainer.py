@@ -3,7 +3,6 @@
 import random
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,7 @@ from trl_ext.losses import least_of_top_share
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
 from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
-from trl_ext.teacher import AdapterTeacher, Teacher, make_teacher, text_tokenizer
+from trl_ext.teacher import Teacher, make_teacher, text_tokenizer
 from trl_ext.tropd.guidance import longest_prefix
 from trl_ext.tropd.objective import completion_loss, own_mask
 from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
@@ -426,5 +425,5 @@ class TrOPDTrainer(GKDTrainer):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.teacher.left_out() if isinstance(self.teacher, AdapterTeacher) else nullcontext():
+        with self.teacher.left_out():
             super()._save(output_dir, state_dict)
