@@ -57,19 +57,34 @@ def check_prompt_column(trainer: str, train_dataset: Any, eval_dataset: Any = No
     else:
         datasets["eval_dataset"] = eval_dataset
     for name, dataset in datasets.items():
-        columns = getattr(dataset, "column_names", None)
-        row_format = getattr(dataset, "format", None)
-        if isinstance(row_format, dict) and row_format.get("type") == "custom":
-            continue  # a transform makes the columns when a row is read
-        if isinstance(columns, dict):
-            raise ValueError(
-                f"{trainer} needs one split as `{name}`, got all of them: pass e.g. dataset[{next(iter(columns))!r}]."
-            )
-        if columns and "prompt" not in columns:
-            raise ValueError(
-                f"{trainer} needs a 'prompt' column, but `{name}` has only {', '.join(map(repr, columns))}: rename "
-                f"yours, e.g. dataset.rename_column({columns[0]!r}, 'prompt')."
-            )
+        known_columns(trainer, dataset, name, ("prompt",))
+
+
+def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]) -> list[str]:
+    """
+    The columns of a dataset, none where they are not known. Raises a `ValueError` where they are, and none is wanted.
+
+    Args:
+        name (`str`):
+            What the dataset is to the trainer.
+        wanted (`tuple[str, ...]`):
+            Columns of which one must be there; the last is the one to rename to.
+    """
+    columns = getattr(dataset, "column_names", None)
+    row_format = getattr(dataset, "format", None)
+    if not columns or (isinstance(row_format, dict) and row_format.get("type") == "custom"):
+        return []  # a transform makes the columns when a row is read
+    if isinstance(columns, dict):
+        raise ValueError(
+            f"{trainer} needs one split as `{name}`, got all of them: pass e.g. dataset[{next(iter(columns))!r}]."
+        )
+    if not set(wanted) & set(columns):
+        raise ValueError(
+            f"{trainer} needs a {' or '.join(map(repr, wanted))} column, but `{name}` has only "
+            f"{', '.join(map(repr, columns))}: rename yours, e.g. "
+            f"dataset.rename_column({columns[0]!r}, {wanted[-1]!r})."
+        )
+    return columns
 
 
 def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:

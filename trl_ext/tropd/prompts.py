@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import pad
 
+from trl_ext.arguments import known_columns
+
 
 IGNORED = -100  # the label of what is no completion
 
@@ -129,20 +131,9 @@ def check_columns(trainer: str, dataset: Any, name: str, needs_completions: str 
         needs_completions (`str`, *optional*):
             The setting that needs completions.
     """
-    columns = getattr(dataset, "column_names", None)
-    row_format = getattr(dataset, "format", None)
-    if not columns or (isinstance(row_format, dict) and row_format.get("type") == "custom"):
-        return  # a transform makes the columns when a row is read
-    if isinstance(columns, dict):
-        raise ValueError(
-            f"{trainer} needs one split as `{name}`, got all of them: pass e.g. dataset[{next(iter(columns))!r}]."
-        )
-    found = ", ".join(map(repr, columns))
-    if not {"messages", "prompt"} & set(columns):
-        raise ValueError(
-            f"{trainer} needs a 'messages' or 'prompt' column, but `{name}` has only {found}: rename yours, e.g. "
-            f"dataset.rename_column({columns[0]!r}, 'prompt')."
-        )
+    columns = known_columns(trainer, dataset, name, ("messages", "prompt"))
+    if not columns:
+        return
     if {"image", "images"} & set(columns):
         raise ValueError(
             f"{trainer} reads text only, as GKDTrainer does, but `{name}` has images: remove them, e.g. with "
@@ -152,6 +143,7 @@ def check_columns(trainer: str, dataset: Any, name: str, needs_completions: str 
         return
     mend = "set lmbda=1.0" if needs_completions.startswith("lmbda") else "set another guidance"
     if not {"messages", "completion"} & set(columns):
+        found = ", ".join(map(repr, columns))
         raise ValueError(
             f"{needs_completions} needs completions, but `{name}` has only {found}: add a 'completion' column, or "
             f"{mend}."
