@@ -30,7 +30,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.losses import tropd_loss
-from trl_ext.next_token import HeadScaling, selected_logps
+from trl_ext.next_token import HeadScaling, likeliest_tokens, selected_logps
 
 
 TOP_K = 64
@@ -83,25 +83,16 @@ def loss_measurements(flags: argparse.Namespace) -> dict[str, tuple[float, float
         loss.backward()
 
     def tropd() -> None:
-        # The teacher's side of it, as trl_ext.next_token.next_tokens does it, less the backbone
         scaling = HeadScaling(1.0, None, 1.0)
-        teacher = torch.empty(tokens, device=device)
-        top_logps, top_ids = torch.empty(tokens, TOP_K, device=device), labels.new_empty(tokens, TOP_K)
-        with torch.no_grad():
-            for rows in torch.arange(tokens, device=device).split(max(1, 2**24 // vocabulary)):
-                logits = (teacher_hidden[rows] @ teacher_head.t()).float()
-                log_z = logits.logsumexp(-1, keepdim=True)
-                teacher[rows] = (logits.gather(1, labels[0, rows, None]) - log_z).squeeze(1)
-                values, top_ids[rows] = logits.topk(TOP_K)
-                top_logps[rows] = values - log_z
-        columns = torch.cat([labels[0][:, None], top_ids], dim=1)
+        teacher = likeliest_tokens(teacher_hidden, teacher_head, None, labels[0], TOP_K, scaling)
+        columns = torch.cat([labels[0][:, None], teacher.top_k_ids], dim=1)
         logps, _ = selected_logps(hidden, head, None, columns, scaling)
         loss = tropd_loss(
             logps[None, :, 0],
-            teacher[None],
+            teacher.logps[None],
             torch.ones_like(labels),
             top_k_logps=logps[None, :, 1:],
-            teacher_top_k_logps=top_logps[None],
+            teacher_top_k_logps=teacher.top_k_logps[None],
             draws=torch.rand(1, tokens, device=device),
         ).loss
         loss.mean().backward()

@@ -96,22 +96,43 @@ def next_tokens(
     targets = input_ids[:, -logits_to_keep:]
     valid = attention_mask[:, -logits_to_keep:].flatten().nonzero().squeeze(1)
     shape = targets.shape
-    compute_dtype = _compute_dtype(hidden)  # before autocast is switched off
-    with gathered_head(model) as (weight, bias), torch.autocast(hidden.device.type, enabled=False):
+    with gathered_head(model) as (weight, bias):
         hidden, targets = hidden.flatten(0, 1)[valid], targets.flatten()[valid]
-        dtype = _stats_dtype(hidden)
-        k = min(k, len(weight) if vocab_size is None else vocab_size, len(weight))
-        logps, entropy = hidden.new_zeros(2, shape.numel(), dtype=dtype)
-        top_k_logps = hidden.new_zeros(shape.numel(), k, dtype=dtype)
-        top_k_ids = targets.new_zeros(shape.numel(), k)
+        scores = likeliest_tokens(hidden, weight, bias, targets, k, scaling, vocab_size)
+
+    def in_place(values: torch.Tensor) -> torch.Tensor:
+        filled = values.new_zeros(shape.numel(), *values.shape[1:])
+        filled[valid] = values
+        return filled.view(*shape, *values.shape[1:])
+
+    return NextTokens(*map(in_place, scores))
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    k: int,
+    scaling: HeadScaling,
+    vocab_size: int | None = None,
+) -> NextTokens:
+    """`next_tokens` from hidden states of shape `(positions, width)` on, for `targets` of shape `(positions,)`."""
+    compute_dtype = _compute_dtype(hidden)  # before autocast is switched off
+    k = min(k, len(weight) if vocab_size is None else vocab_size, len(weight))
+    dtype = _stats_dtype(hidden)
+    logps, entropy = hidden.new_empty(2, len(hidden), dtype=dtype)
+    top_k_logps = hidden.new_empty(len(hidden), k, dtype=dtype)
+    top_k_ids = targets.new_empty(len(hidden), k)
+    with torch.autocast(hidden.device.type, enabled=False):
         for rows, logits in _logits(hidden, weight, bias, scaling, compute_dtype):
-            places = valid[rows]
             log_z = logits.logsumexp(-1, keepdim=True)
-            logps[places] = (logits.gather(1, targets[rows, None]) - log_z).squeeze(1)
-            values, top_k_ids[places] = logits[:, :vocab_size].topk(k, dim=-1)
-            top_k_logps[places] = values - log_z
-            entropy[places] = _entropy(logits.sub_(log_z))
-    return NextTokens(logps.view(shape), top_k_logps.view(*shape, k), top_k_ids.view(*shape, k), entropy.view(shape))
+            logps[rows] = (logits.gather(1, targets[rows, None]) - log_z).squeeze(1)
+            values, top_k_ids[rows] = logits[:, :vocab_size].topk(k, dim=-1)
+            top_k_logps[rows] = values - log_z
+            entropy[rows] = _entropy(logits.sub_(log_z))
+    return NextTokens(logps, top_k_logps, top_k_ids, entropy)
 
 
 def backbone(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
