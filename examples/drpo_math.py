@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
-from arithmetic_policy import prepare_policy
 from command_line import add_model_init_kwargs, parse_arguments
 from math_problems import load_problems, math_reward
 from report import Run, draw_curves, results_table
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
+from embedded.arithmetic_policy import prepare_policy
 from trl_ext import DRPOConfig, DRPOTrainer
 
 

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic import TOKENS_PER_DIGIT, as_dataset, right_answer, split_problems
-from arithmetic_policy import prepare_policy
 from command_line import add_model_init_kwargs, parse_arguments
 from math_problems import load_problems, math_reward
 from report import NO_MATPLOTLIB, load_pyplot, markdown_table
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, right_answer, split_problems
+from embedded.arithmetic_policy import prepare_policy
 from trl_ext import ERPDConfig, ERPDTrainer
 
 

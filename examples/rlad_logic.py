@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic_policy import prepare_policy
 from command_line import add_model_init_kwargs, parse_arguments
 from datasets import Dataset
-from knights_and_knaves import as_dataset, right_compact_roles, right_roles, split_puzzles
-from puzzle_policy import MAX_TOKENS, STUDENT, TEACHER, embedded_puzzles
 from report import Panel, Run, draw_curves, results_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
+from embedded.arithmetic_policy import prepare_policy
+from embedded.knights_and_knaves import as_dataset, right_compact_roles, right_roles, split_puzzles
+from embedded.puzzle_policy import MAX_TOKENS, STUDENT, TEACHER, embedded_puzzles
 from trl_ext import RLADConfig, RLADTrainer
 
 

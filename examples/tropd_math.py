@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, split_problems
-from arithmetic_policy import Recipe, prepare_policy
 from command_line import add_model_init_kwargs, parse_arguments
 from datasets import Dataset
 from math_problems import load_problems
@@ -34,6 +32,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config
 from trl.experimental.gkd import GKDTrainer
 
+from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, split_problems
+from embedded.arithmetic_policy import Recipe, prepare_policy
 from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.tropd.prompts import PromptCollator
 

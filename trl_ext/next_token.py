@@ -105,7 +105,8 @@ def next_tokens(
         filled[valid] = values
         return filled.view(*shape, *values.shape[1:])
 
-    return NextTokens(*map(in_place, scores))
+    placed: Any = (in_place(values) for values in scores if values is not None)
+    return NextTokens(*placed)
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import PolicyLossTrainer
-from trl_ext.losses import policy_clip_loss
+from trl_ext.losses import ppo_clip_loss
 
 
 class PolicyClipTrainer(PolicyLossTrainer):
     def policy_loss(self, per_token_logps, behaviour_logps, advantages, mask, inputs):
         if behaviour_logps is None:
             behaviour_logps = per_token_logps.detach()
-        return policy_clip_loss(
+        return ppo_clip_loss(
             per_token_logps,
             behaviour_logps,
             advantages,

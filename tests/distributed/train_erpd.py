@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parent)]
 torch.set_num_threads(1)
 
 import tiny  # noqa: E402

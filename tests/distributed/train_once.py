@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 torch.set_num_threads(1)
 
 import tiny  # noqa: E402

@@ -16,7 +16,7 @@ from trl import ModelConfig, TrlParser
 from trl_ext import DRPOConfig
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(script, folder, cache, *flags, launch=()):
     environment = {**os.environ, "TRL_EXT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     folder.mkdir(exist_ok=True)
     result = subprocess.run(
-        [sys.executable, *launch, str(EXAMPLES / script), *map(str, flags)],
+        [sys.executable, *launch, str(ROOT / script), *map(str, flags)],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -56,7 +56,7 @@ def write_problems(path, n=24):
 
 
 def test_drpo_math_embedded(tmp_path, cache):
-    out = run("drpo_math.py", tmp_path, cache, "--max_steps", 16, "--num_held_out", 64)
+    out = run("examples/drpo_math.py", tmp_path, cache, "--max_steps", 16, "--num_held_out", 64)
     assert "| accuracy, sampled |" in out
     assert "'ratio/mean'" in out
     assert (tmp_path / "drpo_math_output" / "curves.png").stat().st_size > 10_000
@@ -66,10 +66,12 @@ def test_drpo_math_embedded(tmp_path, cache):
 def test_drpo_math_takes_flags_before_its_defaults(tmp_path, cache):
     flags = ["--max_steps", 4, "--logging_steps", 2, "--num_iterations", 1, "--learning_rate", 1e-3]
     flags += ["--trust_region", "dppo_kl", "--output_dir", "elsewhere", "--num_held_out", 0]
-    out = run("drpo_math.py", tmp_path, cache, *flags, "--save_steps", 2)
+    out = run("examples/drpo_math.py", tmp_path, cache, *flags, "--save_steps", 2)
     assert "DRPO (dppo_kl): trust_region_radius=0.05, learning_rate=0.001" in out
     assert (tmp_path / "elsewhere" / "checkpoint-2").is_dir()
-    resumed = run("drpo_math.py", tmp_path, cache, *flags, "--resume_from_checkpoint", "elsewhere/checkpoint-2")
+    resumed = run(
+        "examples/drpo_math.py", tmp_path, cache, *flags, "--resume_from_checkpoint", "elsewhere/checkpoint-2"
+    )
     assert "'epoch'" in resumed
 
 
@@ -80,7 +82,7 @@ def test_drpo_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
     (tmp_path / "settings.yaml").write_text("max_steps: 2\nnum_iterations: 2\nbf16: false\nlogging_steps: 1\n")
     flags = ["--model_name_or_path", path, "--dataset_name", problems, "--config", "settings.yaml"]
     flags += ["--max_completion_length", 8, "--num_held_out", 4, "--output_dir", "out", "--report_to", "none"]
-    out = run("drpo_math.py", tmp_path, cache, *flags, *(["--use_peft", "--lora_r", 2] if lora else []))
+    out = run("examples/drpo_math.py", tmp_path, cache, *flags, *(["--use_peft", "--lora_r", 2] if lora else []))
     assert "| held-out reward |" in out
     assert "rewards/math_reward/mean" in out
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -89,16 +91,18 @@ def test_drpo_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
 
 def test_drpo_math_on_two_processes(tmp_path, cache):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    out = run("drpo_math.py", tmp_path, cache, "--max_steps", 4, "--num_held_out", 31, "--use_cpu", launch=launch)
+    out = run(
+        "examples/drpo_math.py", tmp_path, cache, "--max_steps", 4, "--num_held_out", 31, "--use_cpu", launch=launch
+    )
     assert out.count("| accuracy, sampled |") == 1
 
 
 def test_a_file_with_other_columns_is_one_clear_sentence(tmp_path, cache):
     (tmp_path / "rows.jsonl").write_text('{"text": "1+1", "label": "2"}\n')
     path = tiny.save_policy(tmp_path / "policy")
+    flags = ["--model_name_or_path", path, "--dataset_name", tmp_path / "rows.jsonl", "--bf16", "False"]
     with pytest.raises(AssertionError, match="has the columns 'text', 'label', but expected are a 'prompt'"):
-        run("drpo_math.py", tmp_path, cache, "--model_name_or_path", path, "--dataset_name", tmp_path / "rows.jsonl",
-            "--bf16", "False")  # fmt: skip
+        run("examples/drpo_math.py", tmp_path, cache, *flags)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +129,8 @@ def test_reward_knows_right_from_wrong(completion, gold, reward):
 
 def test_every_setting_of_the_papers_recipe_is_accepted(tmp_path, monkeypatch):
     """Parsed as the script does, for one process on CPU: 8 GPUs, vLLM and bf16 are not here."""
-    recipe = EXAMPLES / "recipes" / "drpo_qwen3_4b_base.yaml"
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    recipe = ROOT / "examples" / "recipes" / "drpo_qwen3_4b_base.yaml"
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from drpo_math import DRPOScriptArguments
 
     parser = TrlParser((DRPOScriptArguments, DRPOConfig, ModelConfig), allow_abbrev=False)
@@ -146,7 +150,7 @@ def test_every_setting_of_the_papers_recipe_is_accepted(tmp_path, monkeypatch):
 
 
 def test_drpo_radius_study(tmp_path, cache):
-    out = run("drpo_radius_study.py", tmp_path, cache, "--smoke", "--jobs", 1)
+    out = run("studies/drpo_radius_study.py", tmp_path, cache, "--smoke", "--jobs", 1)
     assert "| drpo " in out
     assert (tmp_path / "drpo_radius_study" / "runs.csv").exists()
 
@@ -155,7 +159,7 @@ SHORTER_LESSONS = """
 import dataclasses, runpy, sys
 sys.argv.pop(0)
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-import puzzle_policy
+from embedded import puzzle_policy
 puzzle_policy.TEACHER = dataclasses.replace(puzzle_policy.TEACHER, num_steps=20)
 puzzle_policy.STUDENT = dataclasses.replace(puzzle_policy.STUDENT, num_steps=10, start=puzzle_policy.TEACHER)
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -164,7 +168,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_rlad_logic_embedded(tmp_path, cache):
     flags = ["--max_steps", 4, "--num_held_out", 32, "--logging_steps", 1]
-    out = run("rlad_logic.py", tmp_path, cache, *flags, launch=["-c", SHORTER_LESSONS])
+    out = run("examples/rlad_logic.py", tmp_path, cache, *flags, launch=["-c", SHORTER_LESSONS])
     for method in ("GRPO", "KDRL", "RLAD"):
         assert re.search(
             rf"{method} \| puzzles solved \| [01]\.\d+ *\| [01]\.\d+ *\| 4 ", out
@@ -178,7 +182,7 @@ def test_rlad_logic_with_models_of_ones_own(tmp_path, cache):
     flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--max_completion_length", 8]
     flags += ["--num_people", 2, 3, "--num_train", 32, "--num_held_out", 8, "--max_steps", 2, "--bf16", "False"]
     flags += ["--output_dir", "out", "--report_to", "none", "--logging_steps", 1, "--use_peft"]
-    out = run("rlad_logic.py", tmp_path, cache, *flags)
+    out = run("examples/rlad_logic.py", tmp_path, cache, *flags)
     assert "| puzzles solved |" in out
     assert "teacher/log_ratio" in out
     assert (tmp_path / "out" / "rlad" / "adapter_model.safetensors").exists()
@@ -187,7 +191,7 @@ def test_rlad_logic_with_models_of_ones_own(tmp_path, cache):
 @pytest.mark.parametrize("trainer", ["drpo", "rlad"])
 def test_benchmark_step(tmp_path, cache, trainer):
     flags = ["--turns", 1, "--rollout_batches", 1, "--layers", 1, "--hidden_size", 128, "--vocabulary", 256]
-    out = run("benchmark_step.py", tmp_path, cache, "--trainer", trainer, *flags, "--length", 16)
+    out = run("benchmarks/step.py", tmp_path, cache, "--trainer", trainer, *flags, "--length", 16)
     assert f"{trainer}, s" in out
     assert "| old |" in out
     assert "| sampler |" in out
@@ -198,7 +202,7 @@ def test_benchmark_step(tmp_path, cache, trainer):
 
 def test_tropd_math_embedded(tmp_path, cache):
     flags = ["--method", "tropd", "gkd", "--max_steps", 4, "--num_held_out", 16, "--logging_steps", 2]
-    out = run("tropd_math.py", tmp_path, cache, *flags, "--per_device_train_batch_size", 8)
+    out = run("examples/tropd_math.py", tmp_path, cache, *flags, "--per_device_train_batch_size", 8)
     for method in ("tropd", "gkd"):
         assert f"| {method:<5} | KL to the teacher, nats a token |" in out
         assert (tmp_path / "tropd_math_output" / method / "model.safetensors").exists()
@@ -211,20 +215,20 @@ def test_tropd_math_with_models_and_problems_of_ones_own(tmp_path, cache):
     flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--dataset_name", problems]
     flags += ["--max_steps", 2, "--max_new_tokens", 8, "--num_held_out", 4, "--output_dir", "out", "--bf16", "False"]
     flags += ["--logging_steps", 1, "--report_to", "none", "--use_peft", "--lora_r", 2, "--objective", "opd"]
-    out = run("tropd_math.py", tmp_path, cache, *flags)
+    out = run("examples/tropd_math.py", tmp_path, cache, *flags)
     assert "| opd | eval_teacher/kl |" in out
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_tropd_math_wants_both_a_model_and_a_dataset(tmp_path, cache):
     with pytest.raises(AssertionError, match="go together"):
-        run("tropd_math.py", tmp_path, cache, "--dataset_name", "some")
+        run("examples/tropd_math.py", tmp_path, cache, "--dataset_name", "some")
 
 
 def test_benchmark_distillation(tmp_path, cache):
     flags = ["--turns", 1, "--steps", 1, "--loss_tokens", 64, "--loss_vocabulary", 500, "--loss_width", 16]
     flags += ["--hidden_size", 128, "--layers", 1, "--vocabulary", 500, "--batch_size", 2, "--length", 8]
-    out = run("benchmark_distillation.py", tmp_path, cache, *flags)
+    out = run("benchmarks/distillation.py", tmp_path, cache, *flags)
     assert out.count("| loss |") == out.count("| step |") == 1
 
 
@@ -236,7 +240,7 @@ ERPD_QUICK += ["--per_device_train_batch_size", 64]
 
 
 def test_erpd_math_embedded(tmp_path, cache):
-    out = run("erpd_math.py", tmp_path, cache, *ERPD_QUICK, "--num_held_out", 32)
+    out = run("examples/erpd_math.py", tmp_path, cache, *ERPD_QUICK, "--num_held_out", 32)
     rows = [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("| 1 ")]
     assert rows == ["base policy", "extreme region policy (ce)", "distilled policy"]
     assert "16 updates in" in out  # 256 rollouts, 64 an update, 2 and 2 passes
@@ -247,10 +251,12 @@ def test_erpd_math_embedded(tmp_path, cache):
 def test_erpd_math_takes_flags_before_its_defaults(tmp_path, cache):
     flags = [*ERPD_QUICK, "--extraction_loss", "mse", "ce", "--signal", "unlearned_reference", "--rounds", 2]
     flags += ["--output_dir", "elsewhere", "--num_held_out", 0, "--save_steps", 10]
-    out = run("erpd_math.py", tmp_path, cache, *flags)
+    out = run("examples/erpd_math.py", tmp_path, cache, *flags)
     assert "| 2     | unlearned policy (ce)" in out
     assert "80 updates" in out  # 2 rounds, 4 policies of 2 passes in stage 1, 4 updates a pass
-    resumed = run("erpd_math.py", tmp_path, cache, *flags, "--resume_from_checkpoint", "elsewhere/checkpoint-30")
+    resumed = run(
+        "examples/erpd_math.py", tmp_path, cache, *flags, "--resume_from_checkpoint", "elsewhere/checkpoint-30"
+    )
     assert [line for line in resumed.splitlines() if line.startswith("| ")] == [
         line for line in out.splitlines() if line.startswith("| ")
     ]
@@ -263,7 +269,7 @@ def test_erpd_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
     (tmp_path / "settings.yaml").write_text("extraction_passes: 1\ndistillation_passes: 1\nbf16: false\n")
     flags = ["--model_name_or_path", path, "--dataset_name", problems, "--config", "settings.yaml"]
     flags += ["--max_completion_length", 8, "--num_held_out", 4, "--output_dir", "out", "--report_to", "none"]
-    out = run("erpd_math.py", tmp_path, cache, *flags, *(["--use_peft", "--lora_r", 2] if lora else []))
+    out = run("examples/erpd_math.py", tmp_path, cache, *flags, *(["--use_peft", "--lora_r", 2] if lora else []))
     assert "distilled policy" in out
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "out" / weights).exists()
@@ -272,16 +278,16 @@ def test_erpd_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
 def test_erpd_math_on_two_processes(tmp_path, cache):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = [*ERPD_QUICK, "--num_held_out", 31, "--use_cpu"]
-    out = run("erpd_math.py", tmp_path, cache, *flags, launch=launch)
+    out = run("examples/erpd_math.py", tmp_path, cache, *flags, launch=launch)
     assert out.count("distilled policy") == 1
 
 
 def test_erpd_study(tmp_path, cache):
-    out = run("erpd_study.py", tmp_path, cache, "--smoke")
+    out = run("studies/erpd_study.py", tmp_path, cache, "--smoke")
     assert "| ce              | unlearned_reference | 2" in out
     assert len(list((tmp_path / "erpd_study").glob("ce_*.json"))) == 3
     assert (tmp_path / "erpd_study" / "degradation.png").stat().st_size > 10_000
-    again = run("erpd_study.py", tmp_path, cache, "--smoke")
+    again = run("studies/erpd_study.py", tmp_path, cache, "--smoke")
     assert [line for line in again.splitlines() if line.startswith("| ce")] == [
         line for line in out.splitlines() if line.startswith("| ce")
     ]

@@ -5,9 +5,10 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
-import knights_and_knaves
 import pytest
-from knights_and_knaves import (
+
+from embedded import knights_and_knaves
+from embedded.knights_and_knaves import (
     COMPACT_CHARACTERS,
     INSTRUCTION,
     And,

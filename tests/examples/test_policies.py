@@ -4,12 +4,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import puzzle_policy
 import torch
-from arithmetic_policy import Recipe, prepare_policy
-from knights_and_knaves import COMPACT_CHARACTERS, Iff, IfThen, Is, right_compact_roles
-from puzzle_policy import MAX_TOKENS, STUDENT, PuzzleRecipe, embedded_puzzles
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from embedded import puzzle_policy
+from embedded.arithmetic_policy import Recipe, prepare_policy
+from embedded.knights_and_knaves import COMPACT_CHARACTERS, Iff, IfThen, Is, right_compact_roles
+from embedded.puzzle_policy import MAX_TOKENS, STUDENT, PuzzleRecipe, embedded_puzzles
 
 
 def weights(path):

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import DRPOConfig, DRPOTrainer
 from trl_ext.arguments import as_config, changed_settings
-from trl_ext.losses import dppo_loss, drpo_loss, policy_clip_loss, spo_loss
+from trl_ext.losses import dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
 
 
 REGION_METRICS = {
@@ -126,7 +126,7 @@ def test_settings_reach_the_loss(path, tmp_path, settings, loss_function):
     torch.testing.assert_close(loss, expected.loss.sum() / mask.sum())
     others = {
         round(f(logps, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask).loss.sum().item(), 4)
-        for f in (partial(drpo_loss, radius=0.15), policy_clip_loss)
+        for f in (partial(drpo_loss, radius=0.15), ppo_clip_loss)
     }
     assert round(expected.loss.sum().item(), 4) not in others
 

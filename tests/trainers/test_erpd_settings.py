@@ -11,7 +11,7 @@ from trl_ext.erpd.fixed_set import FixedSet
 from trl_ext.erpd.schedule import Schedule, phases_of, teachers_of
 from trl_ext.losses import (
     drpo_loss,
-    policy_clip_loss,
+    ppo_clip_loss,
     reward_cross_entropy_loss,
     reward_regression_loss,
     sapo_loss,
@@ -113,7 +113,7 @@ def test_extraction_takes_its_settings_and_the_unlearned_policy_the_reverse(path
     [
         (
             {"epsilon": 0.1, "epsilon_high": 0.4, "delta": 1.7},
-            lambda *tensors: policy_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4, ratio_cap=1.7),
+            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4, ratio_cap=1.7),
         ),
         (
             {"trust_region": "drpo", "trust_region_radius": 0.03},

@@ -24,7 +24,7 @@ from trl_ext.erpd.stages import Stages, newest_whole_checkpoint
 from trl_ext.losses import (
     TokenLoss,
     drpo_loss,
-    policy_clip_loss,
+    ppo_clip_loss,
     reward_cross_entropy_loss,
     reward_regression_loss,
     sapo_loss,
@@ -254,7 +254,7 @@ class ERPDTrainer(PolicyLossTrainer):
         }
         if not self.model.training:  # on rollouts of its own, which have no signal: GRPO's loss
             behaviour_logps = per_token_logps.detach() if behaviour_logps is None else behaviour_logps
-            return TokenLoss(policy_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip).loss)
+            return TokenLoss(ppo_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip).loss)
         assert behaviour_logps is not None  # the set has them
         phase, base_logps = self._phase, inputs["base_logps"]
         reverse = -1.0 if phase.policy == "unlearned" else 1.0
@@ -264,7 +264,7 @@ class ERPDTrainer(PolicyLossTrainer):
             if self.args.trust_region == "drpo":
                 token_loss = drpo_loss(*tensors, radius=self.args.trust_region_radius or DEFAULT_RADIUS["drpo"])
             else:
-                token_loss = policy_clip_loss(*tensors, **clip)
+                token_loss = ppo_clip_loss(*tensors, **clip)
         elif phase.loss == "sapo":
             token_loss = sapo_loss(
                 per_token_logps,

@@ -1,8 +1,12 @@
 """Per-token losses in plain torch: tensors in, loss and metrics out. Nothing here knows TRL or transformers."""
 
-from trl_ext.losses.divergence_regularized import dppo_loss, drpo_loss, spo_loss
-from trl_ext.losses.extraction import reward_cross_entropy_loss, reward_regression_loss, sapo_loss
-from trl_ext.losses.on_policy_distillation import (
+from trl_ext.losses.drpo import dppo_loss, drpo_loss, spo_loss
+from trl_ext.losses.erpd import reward_cross_entropy_loss, reward_regression_loss, sapo_loss
+from trl_ext.losses.ppo_clip import ppo_clip_loss
+from trl_ext.losses.rlad import kdrl_penalty, trrd_loss
+from trl_ext.losses.signal import normalize_signal, token_signal
+from trl_ext.losses.token_loss import TokenLoss
+from trl_ext.losses.tropd import (
     eopd_loss,
     forward_kl_top_k,
     least_of_top_share,
@@ -10,10 +14,6 @@ from trl_ext.losses.on_policy_distillation import (
     reopold_loss,
     tropd_loss,
 )
-from trl_ext.losses.policy_clip import policy_clip_loss
-from trl_ext.losses.ratio_distillation import kdrl_penalty, trrd_loss
-from trl_ext.losses.signal import normalize_signal, token_signal
-from trl_ext.losses.token_loss import TokenLoss
 
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "least_of_top_share",
     "normalize_signal",
     "opd_loss",
-    "policy_clip_loss",
+    "ppo_clip_loss",
     "reopold_loss",
     "reward_cross_entropy_loss",
     "reward_regression_loss",

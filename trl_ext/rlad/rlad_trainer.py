@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from trl_ext.arguments import with_keyword
-from trl_ext.losses import TokenLoss, kdrl_penalty, policy_clip_loss, trrd_loss
+from trl_ext.losses import TokenLoss, kdrl_penalty, ppo_clip_loss, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args
 from trl_ext.teacher import Teacher, make_teacher
@@ -122,7 +122,7 @@ class RLADTrainer(PolicyLossTrainer):
                 **clip,
             )
         else:
-            token_loss = policy_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip)
+            token_loss = ppo_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip)
             penalty = kdrl_penalty(per_token_logps, teacher_logps, mask, estimator=args.kdrl_estimator)
             coefficient = max(args.kdrl_coef - self.state.global_step * args.kdrl_coef_decay, args.kdrl_coef_min)
             token_loss.loss = token_loss.loss + coefficient * inputs["distilled"] * penalty.loss

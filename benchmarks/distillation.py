@@ -1,8 +1,8 @@
 """
 Time and peak memory of TrOPD beside GKD's, side by side in one run and in turn, as a ratio.
 
-    accelerate launch examples/benchmark_distillation.py
-    accelerate launch examples/benchmark_distillation.py --hidden_size 1024 --layers 28 --batch_size 4 --length 1024
+    accelerate launch benchmarks/distillation.py
+    accelerate launch benchmarks/distillation.py --hidden_size 1024 --layers 28 --batch_size 4 --length 1024
 
 - `loss`: from the last hidden states of student and teacher to the loss, and back to the gradients of hidden states
   and student's LM head, for 2048 completion tokens and a vocabulary of 151,936. GKD's side is what its trainer does:
@@ -15,19 +15,24 @@ Memory is what is allocated above the inputs; on a CPU, what the process grows b
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from arithmetic import character_tokenizer
-from benchmark_step import make_model, peak_memory, reset_peak_memory, synchronize
 from datasets import Dataset
+from step import make_model, peak_memory, reset_peak_memory, synchronize
 from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
+
+from embedded.arithmetic import character_tokenizer
 from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.losses import tropd_loss
 from trl_ext.next_token import HeadScaling, likeliest_tokens, selected_logps

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from trl_ext.losses.policy_clip import clipped_surrogate
+from trl_ext.losses.ppo_clip import clipped_surrogate
 from trl_ext.losses.token_loss import MAX_LOG_RATIO, Metrics, TokenLoss, at_least_float32, known_or_current, masked
 
 

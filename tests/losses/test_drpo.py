@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from trl_ext.losses import dppo_loss, drpo_loss, policy_clip_loss, spo_loss
-from trl_ext.losses.divergence_regularized import binary_kl
+from trl_ext.losses import dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
+from trl_ext.losses.drpo import binary_kl
 
 
 VARIANTS = {
@@ -180,7 +180,7 @@ def test_all_agree_on_policy(loss_function):
     torch.testing.assert_close(loss, (-advantages * mask).expand_as(loss))
     loss.sum().backward()
     torch.testing.assert_close(logps.grad, (-advantages * mask).expand_as(loss))
-    reference = policy_clip_loss(logps, logps.detach(), advantages, mask).loss
+    reference = ppo_clip_loss(logps, logps.detach(), advantages, mask).loss
     torch.testing.assert_close(loss, reference)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from arithmetic_policy import PolicyRecipe
-from knights_and_knaves import COMPACT_CHARACTERS, Iff, IfThen, Roles, Splits, Statement, split_puzzles
+from embedded.arithmetic_policy import PolicyRecipe
+from embedded.knights_and_knaves import COMPACT_CHARACTERS, Iff, IfThen, Roles, Splits, Statement, split_puzzles
 
 
 MAX_TOKENS = 28  # of a completion: four guesses, the answer and the end are 27

@@ -1,7 +1,7 @@
 """
 What ERPD's stages do, on the embedded task: a study that decides the defaults.
 
-    python examples/erpd_study.py
+    python studies/erpd_study.py
 
 Two questions. **Degradation**: stage 1 with a growing number of passes over the set, and what stage 2 makes of it.
 **Signals**: every extraction loss with every signal, and two teachers together. Each from several seeds, which sample
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,15 +22,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arithmetic import as_dataset, right_answer, split_problems
-from arithmetic_policy import prepare_policy
-from erpd_math import EMBEDDED_DEFAULTS, measured_policies
-from report import NO_MATPLOTLIB, load_pyplot, markdown_table
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import TrlParser
 
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
+
+from erpd_math import EMBEDDED_DEFAULTS, measured_policies
+from report import NO_MATPLOTLIB, load_pyplot, markdown_table
+
+from embedded.arithmetic import as_dataset, right_answer, split_problems
+from embedded.arithmetic_policy import prepare_policy
 from trl_ext import ERPDConfig, ERPDTrainer
 
 

@@ -23,9 +23,10 @@ from typing import ClassVar
 
 import torch
 from accelerate import PartialState
-from arithmetic import CHARACTERS, EOS, Mistakes, character_tokenizer, split_problems
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
+
+from embedded.arithmetic import CHARACTERS, EOS, Mistakes, character_tokenizer, split_problems
 
 
 @dataclass(frozen=True)

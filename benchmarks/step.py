@@ -1,9 +1,9 @@
 """
 Step time and peak memory of a trainer beside GRPO's, side by side in one run and in turn, as a ratio.
 
-    accelerate launch examples/benchmark_step.py
-    accelerate launch examples/benchmark_step.py --trainer rlad
-    accelerate launch examples/benchmark_step.py --model_name_or_path Qwen/Qwen3-0.6B --batch_size 8 --length 1024
+    accelerate launch benchmarks/step.py
+    accelerate launch benchmarks/step.py --trainer rlad
+    accelerate launch benchmarks/step.py --model_name_or_path Qwen/Qwen3-0.6B --batch_size 8 --length 1024
 
 The rollouts are given (fixed random tokens), so that what is timed is the training side: scoring passes, loss,
 backward, optimizer. Two settings, both with four mini-batches a rollout batch:
@@ -21,6 +21,7 @@ first rollout batch warms up, and the reported ratio is that of the medians over
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from arithmetic import character_tokenizer
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +40,10 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
+
+from embedded.arithmetic import character_tokenizer
 from trl_ext import DRPOTrainer, RLADTrainer
 
 

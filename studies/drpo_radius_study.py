@@ -1,7 +1,7 @@
 """
 How large should DRPO's trust region be? A study over staleness, on the embedded task, that decides the default.
 
-    python examples/drpo_radius_study.py
+    python studies/drpo_radius_study.py
 
 Every trust region and radius, and GRPO's clipping as the baseline, trains the same policy on the same number of
 rollout batches, with few and with many updates a batch, from several seeds. The accuracy on held-out problems is
@@ -15,20 +15,25 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
-from arithmetic_policy import prepare_policy
-from report import NO_MATPLOTLIB, load_pyplot, markdown_table
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
+
+from report import NO_MATPLOTLIB, load_pyplot, markdown_table
+
+from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
+from embedded.arithmetic_policy import prepare_policy
 from trl_ext import DRPOConfig, DRPOTrainer
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_ext.losses import policy_clip_loss
+from trl_ext.losses import ppo_clip_loss
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from trl_ext.losses import policy_clip_loss
 def test_by_hand(ratio, advantage, loss, gradient):
     logps = torch.tensor([[ratio]], dtype=torch.float64).log().sub(1.0).requires_grad_()
     behaviour, advantages = torch.full((1, 1), -1.0, dtype=torch.float64), torch.full((1, 1), advantage)
-    output = policy_clip_loss(
+    output = ppo_clip_loss(
         logps, behaviour, advantages, torch.ones(1, 1), epsilon_low=0.2, epsilon_high=0.3, ratio_cap=4.0
     )
     output.loss.sum().backward()
@@ -33,7 +33,7 @@ def test_clip_metrics_count_only_clips_that_act():
     logps = torch.tensor([[1.5, 0.5, 1.0, 1.5], [0.5, 0.5, 1.5, 1.0], [1.0, 1.0, 1.0, 1.0]]).log()
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     advantages = torch.tensor([[1.0], [-1.0], [1.0]])
-    metrics = policy_clip_loss(logps, torch.zeros(3, 4), advantages, mask).metrics
+    metrics = ppo_clip_loss(logps, torch.zeros(3, 4), advantages, mask).metrics
     assert metrics["clip_ratio/high_mean"].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert metrics["clip_ratio/low_mean"].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert metrics["clip_ratio/low_min"][:2].tolist() == [0, 0.5]

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from trl_ext.losses import kdrl_penalty, policy_clip_loss, trrd_loss
+from trl_ext.losses import kdrl_penalty, ppo_clip_loss, trrd_loss
 
 
 def one_token(student, old, teacher, advantage, **settings):
@@ -54,7 +54,7 @@ def test_alpha_one_is_grpo_to_the_bit():
     student, old, teacher, advantages, mask = random_batch()
     teacher[0] = -math.inf  # even then
     ours = trrd_loss(student, old, teacher, advantages, mask, alpha=1.0, epsilon_low=0.2, epsilon_high=0.28).loss
-    theirs = policy_clip_loss(student, old, advantages, mask, epsilon_low=0.2, epsilon_high=0.28).loss
+    theirs = ppo_clip_loss(student, old, advantages, mask, epsilon_low=0.2, epsilon_high=0.28).loss
     assert torch.equal(ours, theirs)
     (gradient,), (expected,) = (torch.autograd.grad(loss.sum(), student) for loss in (ours, theirs))
     assert torch.equal(gradient, expected)
@@ -64,7 +64,7 @@ def test_alpha_zero_is_anchored_to_the_teacher_alone():
     student, old, teacher, advantages, mask = random_batch()
     settings = {"alpha": 0.0, "log_ratio_clip": None}
     ours = trrd_loss(student, old, teacher, advantages, mask, **settings).loss
-    torch.testing.assert_close(ours, policy_clip_loss(student, teacher, advantages, mask).loss)
+    torch.testing.assert_close(ours, ppo_clip_loss(student, teacher, advantages, mask).loss)
     assert torch.equal(ours, trrd_loss(student, old + 1, teacher, advantages, mask, **settings).loss)
 
 
@@ -72,7 +72,7 @@ def test_without_a_clamp_it_is_the_geometric_mixture():
     student, old, teacher, advantages, mask = random_batch()
     ours = trrd_loss(student, old, teacher, advantages, mask, alpha=0.3, log_ratio_clip=None).loss
     mixture = 0.3 * old + 0.7 * teacher
-    torch.testing.assert_close(ours, policy_clip_loss(student, mixture, advantages, mask).loss)
+    torch.testing.assert_close(ours, ppo_clip_loss(student, mixture, advantages, mask).loss)
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.2}, {"log_ratio_clip": None}, {"ratio_cap": 1.3}])
@@ -115,7 +115,7 @@ def test_a_token_the_teacher_has_no_opinion_of_is_grpos():
     student, old, teacher, advantages, mask = random_batch()
     teacher[:, ::2] = math.nan
     ours = trrd_loss(student, old, teacher, advantages, mask).loss
-    grpo = policy_clip_loss(student, old, advantages, mask).loss
+    grpo = ppo_clip_loss(student, old, advantages, mask).loss
     torch.testing.assert_close(ours[:, ::2], grpo[:, ::2])
     assert (ours[:, 1::2] != grpo[:, 1::2]).any()
     ours.sum().backward()

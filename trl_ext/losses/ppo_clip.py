@@ -5,7 +5,7 @@ import torch
 from trl_ext.losses.token_loss import Metrics, TokenLoss, at_least_float32, masked, policy_ratio
 
 
-def policy_clip_loss(
+def ppo_clip_loss(
     logps: torch.Tensor,
     behaviour_logps: torch.Tensor,
     advantages: torch.Tensor,
