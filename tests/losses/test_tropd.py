@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from trl_ext.losses import eopd_loss, forward_kl_top_k, least_of_top_share, opd_loss, reopold_loss, tropd_loss
+from trl_ext.losses import (
+    OUTLIER_LOSSES,
+    eopd_loss,
+    forward_kl_top_k,
+    least_of_top_share,
+    opd_loss,
+    reopold_loss,
+    tropd_loss,
+)
 
 
 VOCABULARY = 7
@@ -62,7 +70,7 @@ def test_the_share_of_outliers_is_the_total_variation():
     torch.testing.assert_close(expectation(shares, logps), total_variation.detach())
 
 
-@pytest.mark.parametrize("outlier_loss", ["forward_kl", "clip", "mask"])
+@pytest.mark.parametrize("outlier_loss", OUTLIER_LOSSES)
 def test_draws_have_the_expectation_of_their_probability(outlier_loss):
     logits, logps, teacher = every_token()
     columns = dict(zip(("top_k_logps", "teacher_top_k_logps"), top_k(logps, teacher, 3), strict=True))
@@ -105,6 +113,11 @@ def test_tropd_by_hand():
     assert first(draws=above, outlier_loss="clip", clip_floor=-0.5) == pytest.approx(0.5)
     assert first(draws=above, outlier_loss="clip", clip_floor=-0.9) == pytest.approx(math.log(2))
     assert first(outlier_loss="clip", clip_floor=-0.5) == pytest.approx(0.5 * math.log(2) + 0.25)
+    both = {"outlier_loss": "forward_kl_and_clip", "clip_floor": -0.5}
+    assert first(draws=above, **both) == pytest.approx(forward_kl + 0.5)
+    assert first(draws=above, clip_coef=0.3, **both) == pytest.approx(forward_kl + 0.3 * 0.5)
+    assert first(clip_coef=0.3, **both) == pytest.approx(0.5 * math.log(2) + 0.5 * (forward_kl + 0.3 * 0.5))
+    assert first(draws=below, **both) == pytest.approx(math.log(2))
 
 
 def test_metrics_by_hand():
@@ -120,7 +133,71 @@ def test_metrics_by_hand():
     assert weights.tolist() == [[0.5, 0.0]]
 
 
-@pytest.mark.parametrize("outlier_loss", ["forward_kl", "clip", "mask"])
+def both_terms(logps, teacher, k=VOCABULARY, **settings):
+    columns = dict(zip(("top_k_logps", "teacher_top_k_logps"), top_k(logps, teacher, k), strict=True))
+    return tropd_loss(logps[None], teacher[None], ONES, **columns, outlier_loss="forward_kl_and_clip", **settings)
+
+
+@pytest.mark.parametrize("draws", [None, 0.65])
+def test_forward_kl_and_clip_has_the_gradient_of_its_docstring(draws):
+    """Per sampled token x: M (-R) dS(x) + (1 - M) (-sum_v pi_T(v) dS(v) - c max(R, tau) dS(x)), dS = e_x - pi_S."""
+    logits, logps, teacher = every_token()
+    k, floor, coef = 3, -0.7, 0.6
+    token_loss = both_terms(logps, teacher, k, clip_floor=floor, clip_coef=coef, draws=draws and draws * ONES)
+    student, reward = logps.exp().detach(), (teacher - logps).detach()
+    trust = reward.clamp(max=0).exp()
+    if draws is not None:
+        trust = (draws < trust).double()
+    assert (reward < floor).any()
+    assert ((1 - trust > 0) & (reward > floor)).any()  # both sides of the floor are among the outliers
+    top = torch.zeros(VOCABULARY, dtype=torch.float64).scatter(
+        0, teacher.topk(k).indices, teacher.topk(k).values.exp()
+    )
+    for x in range(VOCABULARY):
+        score = torch.eye(VOCABULARY, dtype=torch.float64)[x] - student
+        outlier = -(top - top.sum() * student) - coef * max(reward[x], floor) * score
+        (gradient,) = torch.autograd.grad(token_loss.loss[0, x], logits, retain_graph=True)
+        torch.testing.assert_close(gradient, trust[x] * -reward[x] * score + (1 - trust[x]) * outlier)
+
+
+def test_forward_kl_and_clip_descends_both_divergences():
+    """Finite differences. Without a floor and with c = 1 it is OPD with the outliers' mass times the forward KL."""
+    logits, logps, teacher = every_token()
+    loss = expectation(both_terms(logps, teacher, clip_floor=-20.0).loss, logps)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    mass = (logps.exp() - teacher.exp()).clamp(min=0).sum().detach()  # the total variation, held constant
+
+    def objective(z):
+        logps = z.log_softmax(-1)
+        return (logps.exp() * (logps - teacher)).sum() + mass * (teacher.exp() * (teacher - logps)).sum()
+
+    torch.testing.assert_close(loss, objective(logits.detach()))
+    step = 1e-6
+    for i, basis in enumerate(torch.eye(VOCABULARY, dtype=torch.float64) * step):
+        slope = (objective(logits.detach() + basis) - objective(logits.detach() - basis)) / (2 * step)
+        assert gradient[i].item() == pytest.approx(slope.item(), abs=1e-8)
+
+
+def test_the_expected_reward_below_the_floor():
+    """e^R R + (1 - e^R) tau, as the docstring says; above the floor it is R."""
+    _, logps, teacher = every_token()
+    floor, reward = -0.4, (teacher - logps).detach()
+    token_loss = both_terms(logps, teacher, clip_floor=floor)
+    forward_kl, outlier = token_loss.metrics["outliers/forward_kl"]
+    policy_part = (token_loss.loss - outlier * forward_kl)[0]
+    below = reward.exp() * reward + (1 - reward.exp()) * floor
+    torch.testing.assert_close(policy_part.detach(), -torch.where(reward < floor, below, reward))
+    clipped, weights = token_loss.metrics["outliers/clipped_share"]
+    assert clipped[0].bool().equal(reward < floor)
+    torch.testing.assert_close(weights, outlier)
+
+
+def test_a_forward_kl_asks_for_its_columns():
+    with pytest.raises(ValueError, match="needs top_k_logps and teacher_top_k_logps"):
+        tropd_loss(logs(0.5), logs(0.25), torch.ones(1, 1), outlier_loss="forward_kl_and_clip")
+
+
+@pytest.mark.parametrize("outlier_loss", OUTLIER_LOSSES)
 @pytest.mark.parametrize("sampled", [True, False])
 def test_a_student_equal_to_its_teacher_stays(outlier_loss, sampled):
     logits, logps, _ = every_token()
@@ -213,6 +290,8 @@ def every_loss():
         "tropd": tropd(),
         "tropd sampled": tropd(draws=torch.full((1, 4), 0.5)),
         "tropd clip": tropd(outlier_loss="clip"),
+        "tropd both": tropd(outlier_loss="forward_kl_and_clip"),
+        "tropd both sampled": tropd(outlier_loss="forward_kl_and_clip", draws=torch.full((1, 4), 0.5)),
         "opd": lambda s, t, m, c, tc: opd_loss(s, t, m),
         "eopd": lambda s, t, m, c, tc: eopd_loss(
             s, t, m, top_k_logps=c, teacher_top_k_logps=tc, teacher_entropy=torch.ones(1, 4)

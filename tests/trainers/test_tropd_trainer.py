@@ -162,7 +162,8 @@ def to_the_right(tensor):
 
 @pytest.mark.parametrize("trust_region", ["sampled", "expected"])
 def test_the_loss_is_the_mean_over_the_steps_tokens(tmp_path, trust_region):
-    trainer = make_trainer(tmp_path, trust_region=trust_region)
+    outliers = {"outlier_loss": "forward_kl_and_clip", "outlier_clip_floor": -0.2, "outlier_clip_coef": 0.3}
+    trainer = make_trainer(tmp_path, trust_region=trust_region, **outliers)
     hash_rollouts(trainer)
     batches = micro_batches(trainer)
     total, tokens = 0.0, 0
@@ -176,6 +177,9 @@ def test_the_loss_is_the_mean_over_the_steps_tokens(tmp_path, trust_region):
             top_k_logps=logps[..., 1:],
             teacher_top_k_logps=batch["top_k_logps"],
             draws=batch["draws"] if trust_region == "sampled" else None,
+            outlier_loss="forward_kl_and_clip",
+            clip_floor=-0.2,
+            clip_coef=0.3,
         ).loss
         total, tokens = total + loss.sum(), tokens + mask.sum()
     loss, _ = gradient(trainer, batches)
@@ -650,7 +654,7 @@ def test_without_vllm_it_is_asked_for(tmp_path):
     ("overrides", "message"),
     [
         ({"objective": "ppo"}, "objective='ppo' is unknown: set it to one of 'tropd', 'opd'"),
-        ({"outlier_loss": "jsd"}, "'forward_kl', 'clip', 'mask'"),
+        ({"outlier_loss": "jsd"}, "'forward_kl', 'clip', 'forward_kl_and_clip', 'mask'"),
         ({"outlier_top_k": 0}, "set it to 1 or more"),
         ({"num_generations": 0}, "set it to 1 or more"),
         ({"guidance_share": 1.5}, "set it between 0 and 1"),
@@ -658,6 +662,7 @@ def test_without_vllm_it_is_asked_for(tmp_path):
         ({"guidance_coef": -1.0}, "set it to 0 or more"),
         ({"guidance_max_length": -1}, "set it to 0 or more"),
         ({"outlier_clip_floor": 0.5}, "set it to 0 nats or less"),
+        ({"outlier_clip_coef": -0.5}, "outlier_clip_coef=-0.5 .* set it to 0 or more"),
         ({"packing": True}, "leave packing out"),
         ({"loss_type": "dft"}, "choose an objective"),
         ({"train_sampling_strategy": "group_by_length"}, "'random' or 'sequential'"),
@@ -727,6 +732,8 @@ def test_prompt_tuning_is_refused(tmp_path):
         ({"guidance_coef": 0.1}, "guidance_coef=0.1"),
         ({"eopd_top_k": 3}, "eopd_top_k=3"),
         ({"outlier_clip_floor": -2.0}, "outlier_clip_floor=-2.0"),
+        ({"outlier_loss": "mask", "outlier_clip_coef": 0.3}, "outlier_clip_coef=0.3"),
+        ({"outlier_loss": "forward_kl_and_clip", "outlier_clip_floor": -2.0, "outlier_clip_coef": 0.3}, None),
         ({"vllm_mode": "server"}, "vllm_mode='server'"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8"),
         ({}, None),

@@ -7,6 +7,7 @@ from trl_ext.losses.rlad import kdrl_penalty, trrd_loss
 from trl_ext.losses.signal import normalize_signal, token_signal
 from trl_ext.losses.token_loss import TokenLoss
 from trl_ext.losses.tropd import (
+    OUTLIER_LOSSES,
     eopd_loss,
     forward_kl_top_k,
     least_of_top_share,
@@ -17,6 +18,7 @@ from trl_ext.losses.tropd import (
 
 
 __all__ = [
+    "OUTLIER_LOSSES",
     "TokenLoss",
     "dppo_loss",
     "drpo_loss",

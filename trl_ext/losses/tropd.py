@@ -8,6 +8,8 @@ Notation, per token of the student's own rollouts, all in nats: \\( S = \log \pi
 A token whose \\( T \\) is NaN is one that the teacher has no opinion of: it has no loss.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from trl_ext.losses.token_loss import MAX_LOG_RATIO, Metrics, TokenLoss, at_least_float32, masked
@@ -33,6 +35,21 @@ def opd_loss(logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tenso
     return TokenLoss(_policy_gradient(reward, logps, mask), _metrics(reward))
 
 
+class OutlierTerms(NamedTuple):
+    """The terms of an outlier loss."""
+
+    forward_kl: bool  # the forward KL divergence on the teacher's top-k, differentiated
+    clip: bool  # the policy gradient of the reward with a floor
+
+
+OUTLIER_LOSSES = {
+    "forward_kl": OutlierTerms(forward_kl=True, clip=False),
+    "clip": OutlierTerms(forward_kl=False, clip=True),
+    "forward_kl_and_clip": OutlierTerms(forward_kl=True, clip=True),
+    "mask": OutlierTerms(forward_kl=False, clip=False),
+}
+
+
 def tropd_loss(
     logps: torch.Tensor,
     teacher_logps: torch.Tensor,
@@ -43,36 +60,54 @@ def tropd_loss(
     draws: torch.Tensor | None = None,
     outlier_loss: str = "forward_kl",
     clip_floor: float = -1.0,
+    clip_coef: float = 1.0,
 ) -> TokenLoss:
     r"""
-    Trust Region On-Policy Distillation, Eq. 6 and 9 of [arXiv 2606.01249](https://huggingface.co/papers/2606.01249).
-    The first two terms of its objective, as a loss:
+    Trust Region On-Policy Distillation, Eq. 6 and the first two terms of Eq. 9 of
+    [arXiv 2606.01249](https://huggingface.co/papers/2606.01249), as a loss:
 
     $$ L = M (-R) + (1 - M)\, L_\mathrm{out}, \qquad M \sim \mathrm{Bernoulli}(\min(\pi_T(x) / \pi_S(x), 1)) $$
 
     \\( M \\) says whether the teacher is reliable at this token; the expected share of outliers at a prefix is the
-    total variation between student and teacher. With `draws=None` its probability takes its place: the same
-    expectation with less variance. \\( L_\mathrm{out} \\) is, with `outlier_loss`
+    total variation between student and teacher. With `draws=None` the probability takes the place of \\( M \\): the
+    same expectation with less variance. \\( L_\mathrm{out} \\) is, with `outlier_loss`
 
-    - `"forward_kl"`: \\( \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) \\), differentiated. Neither side
-      is renormalised on \\( V_k \\).
-    - `"clip"`: \\( -\max(R, \tau) \\), as a policy gradient. The paper gives no \\( \tau \\).
+    - `"forward_kl"`: \\( F = \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) \\), differentiated. Neither
+      side is renormalised on \\( V_k \\).
+    - `"clip"`: \\( -c \max(R, \tau) \\), as a policy gradient. The paper gives no \\( \tau \\) and has
+      \\( c = 1 \\).
+    - `"forward_kl_and_clip"`: the sum of these two, which is ours and not the paper's.
     - `"mask"`: 0.
+
+    **Why the sum.** The gradient of each outlier is
+
+    $$ \nabla L_\mathrm{out} = -\sum_{v \in V_k} \pi_T(v)\, \nabla \log \pi_S(v)
+    \;-\; c \max(R, \tau)\, \nabla \log \pi_S(x) $$
+
+    Its first term pulls toward what the teacher would write, however unlikely that is to the student, and is the same
+    for every sampled \\( x \\); against a mistake of probability \\( p \\) its strength is only of the order of
+    \\( p \\). The second pushes the sampled mistake itself down, by at most \\( -c \tau \\), so that no single token
+    outweighs the others. With \\( c = 1 \\) the policy gradient of the whole loss is that of OPD wherever
+    \\( R \ge \tau \\), whatever \\( M \\) is; below the floor its reward is, in expectation over \\( M \\),
+    \\( e^R R + (1 - e^R) \tau \\).
 
     Args:
         logps, teacher_logps, mask:
             As in `opd_loss`.
         top_k_logps (`torch.Tensor` of shape `(batch, time, k)`, *optional*):
-            \\( \log \pi_S(v) \\), differentiable. Needed for `"forward_kl"`.
+            \\( \log \pi_S(v) \\), differentiable. Needed for an outlier loss with a forward KL divergence.
         teacher_top_k_logps (`torch.Tensor` of shape `(batch, time, k)`, *optional*):
-            \\( \log \pi_T(v) \\); -inf for a token that is not there.
+            \\( \log \pi_T(v) \\); -inf where there is no such token.
         draws (`torch.Tensor` of shape `(batch, time)`, *optional*):
             Uniform in [0, 1): \\( M \\) is 1 where they are below its probability.
         outlier_loss (`str`, defaults to `"forward_kl"`):
-            Which \\( L_\mathrm{out} \\).
+            Which \\( L_\mathrm{out} \\), a key of `OUTLIER_LOSSES`.
         clip_floor (`float`, defaults to `-1.0`):
             \\( \tau \\) in nats.
+        clip_coef (`float`, defaults to `1.0`):
+            \\( c \\).
     """
+    terms = OUTLIER_LOSSES[outlier_loss]
     logps, reward, mask = _reward(logps, teacher_logps, mask)
     trust = reward.clamp(max=0).exp()
     if draws is not None:
@@ -80,15 +115,16 @@ def tropd_loss(
     outlier = masked(1 - trust, mask)
     loss = trust * _policy_gradient(reward, logps, mask)
     metrics = _metrics(reward) | {"outliers/share": outlier}
-    if outlier_loss == "forward_kl":
-        assert top_k_logps is not None
-        assert teacher_top_k_logps is not None
-        # where, not a product: what is no outlier has no gradient, whatever its tokens' log-probabilities are
+    if terms.forward_kl:
+        if top_k_logps is None or teacher_top_k_logps is None:
+            raise ValueError(f"outlier_loss={outlier_loss!r} needs top_k_logps and teacher_top_k_logps: pass both.")
+        # `masked`, not only a product: a trusted token has no gradient even where a top-k log-probability is -inf
         forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), outlier > 0)
         loss = loss + outlier * forward_kl
         metrics["outliers/forward_kl"] = (forward_kl.detach(), outlier)
-    elif outlier_loss == "clip":
-        loss = loss + outlier * _policy_gradient(reward.clamp(min=clip_floor), logps, mask)
+    if terms.clip:
+        loss = loss + clip_coef * outlier * _policy_gradient(reward.clamp(min=clip_floor), logps, mask)
+        metrics["outliers/clipped_share"] = ((reward < clip_floor).to(logps.dtype), outlier)
     return TokenLoss(loss, metrics)
 
 

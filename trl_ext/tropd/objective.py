@@ -93,4 +93,5 @@ def _objective(
         draws=inputs["draws"] if args.trust_region == "sampled" else None,
         outlier_loss=args.outlier_loss,
         clip_floor=args.outlier_clip_floor,
+        clip_coef=args.outlier_clip_coef,
     )

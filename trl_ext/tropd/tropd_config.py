@@ -5,13 +5,14 @@ from typing import Any
 
 from trl.experimental.gkd import GKDConfig
 
+from trl_ext.losses import OUTLIER_LOSSES
 from trl_ext.tropd.vllm_settings import VLLMSettings
 
 
 CHOICES = {
     "objective": ("tropd", "opd", "eopd", "reopold"),
     "trust_region": ("sampled", "expected"),
-    "outlier_loss": ("forward_kl", "clip", "mask"),
+    "outlier_loss": tuple(OUTLIER_LOSSES),
     "guidance": ("none", "dataset", "teacher"),
     "guidance_schedule": ("cosine", "linear", "constant"),
     "guidance_prefix": ("random", "longest"),
@@ -40,11 +41,13 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
             probability takes the draw's place; same expectation, less variance.
         outlier_loss (`str`, *optional*, defaults to `"forward_kl"`):
             For `"tropd"`, what outliers contribute: `"forward_kl"` on the teacher's top-k, `"clip"` (K1 with a floored
-            reward) or `"mask"` (nothing).
+            reward), `"forward_kl_and_clip"` (both, which is ours and not the paper's) or `"mask"` (nothing).
         outlier_top_k (`int`, *optional*, defaults to `64`):
             Number of the teacher's likeliest tokens in the forward KL divergence.
         outlier_clip_floor (`float`, *optional*, defaults to `-1.0`):
-            For `outlier_loss="clip"`, in nats. The paper gives no value; this one is ours.
+            For the outlier losses that clip: floor of the reward, in nats. The paper gives no value; this one is ours.
+        outlier_clip_coef (`float`, *optional*, defaults to `1.0`):
+            For the outlier losses that clip: coefficient of the clipped term. The paper's is 1.
         guidance (`str`, *optional*, defaults to `"none"`):
             Where rollouts get a prefix from: `"dataset"` (completions that the teacher wrote), `"teacher"` (sampled
             when needed) or nowhere.
@@ -111,7 +114,8 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
     outlier_loss: str = field(
         default="forward_kl",
         metadata={
-            "help": "What outliers contribute: 'forward_kl' on the teacher's top-k, 'clip' (K1, floored) or 'mask'.",
+            "help": "What outliers contribute: 'forward_kl' on the teacher's top-k, 'clip' (K1, floored), "
+            "'forward_kl_and_clip' or 'mask'.",
             "choices": list(CHOICES["outlier_loss"]),
         },
     )
@@ -119,7 +123,10 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
         default=64, metadata={"help": "Number of the teacher's likeliest tokens in the forward KL divergence."}
     )
     outlier_clip_floor: float = field(
-        default=-1.0, metadata={"help": "For outlier_loss='clip': floor of the reward, in nats."}
+        default=-1.0, metadata={"help": "For the outlier losses that clip: floor of the reward, in nats."}
+    )
+    outlier_clip_coef: float = field(
+        default=1.0, metadata={"help": "For the outlier losses that clip: coefficient of the clipped term."}
     )
     guidance: str = field(
         default="none",
@@ -200,8 +207,9 @@ def check_tropd_args(args: Any) -> None:
         raise ValueError(f"temperature={args.temperature} is nothing to sample at: set it above 0.")
     if args.max_length is not None and args.max_length < 1:
         raise ValueError(f"max_length={args.max_length} leaves nothing of a prompt: set it to 1 or more, or to None.")
-    if not args.guidance_coef >= 0:
-        raise ValueError(f"guidance_coef={args.guidance_coef} would unlearn the prefixes: set it to 0 or more.")
+    for name, trained in {"guidance_coef": "the prefixes", "outlier_clip_coef": "what the teacher prefers"}.items():
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise ValueError(f"{name}={getattr(args, name)} would unlearn {trained}: set it to 0 or more.")
     if args.guidance_max_length is not None and args.guidance_max_length < 0:
         raise ValueError(f"guidance_max_length={args.guidance_max_length} is no length: set it to 0 or more.")
     for name in ("outlier_clip_floor", "reopold_floor"):
@@ -241,14 +249,14 @@ def settings_without_effect(args: Any) -> tuple[str, ...]:
     names += ["truncation_mode", "dataset_num_proc", "average_tokens_across_devices"]
     if args.pad_to_multiple_of is not None:  # which its default, "auto", becomes
         names.append("pad_to_multiple_of")
-    forward_kl = args.objective == "tropd" and args.outlier_loss == "forward_kl"
+    terms = OUTLIER_LOSSES[args.outlier_loss if args.objective == "tropd" else "mask"]
     if args.lmbda == 1:
         names.append("seq_kd")
     if args.objective != "tropd":
         names += ["trust_region", "outlier_loss"]
-    if args.objective != "tropd" or args.outlier_loss != "clip":
-        names.append("outlier_clip_floor")
-    if not forward_kl and args.lmbda == 1:
+    if not terms.clip:
+        names += ["outlier_clip_floor", "outlier_clip_coef"]
+    if not terms.forward_kl and args.lmbda == 1:
         names.append("outlier_top_k")
     for objective in ("eopd", "reopold"):
         if args.objective != objective:

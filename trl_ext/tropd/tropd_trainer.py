@@ -23,7 +23,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, repeat_iterable_dataset
 
 from trl_ext.arguments import as_config, changed_settings
-from trl_ext.losses import least_of_top_share
+from trl_ext.losses import OUTLIER_LOSSES, least_of_top_share
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
 from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
@@ -184,7 +184,7 @@ class TrOPDTrainer(GKDTrainer):
         self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
         self._foreign_ends = self.teacher.foreign_ends(self.sampler.eos_token_ids)
         student_size = self.model.config.get_text_config().vocab_size
-        forward_kl = (args.objective == "tropd" and args.outlier_loss == "forward_kl") or args.lmbda < 1
+        forward_kl = (args.objective == "tropd" and OUTLIER_LOSSES[args.outlier_loss].forward_kl) or args.lmbda < 1
         wanted = args.eopd_top_k if args.objective == "eopd" else 0
         self._vocab_size = student_size
         self._top_k = min(max(wanted, args.outlier_top_k if forward_kl else 0), student_size)
