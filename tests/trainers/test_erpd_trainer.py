@@ -757,7 +757,7 @@ def test_masks_of_environments_and_of_truncated_completions(path, tmp_path):
         ({"extraction_warmup_steps": -1}, "extraction_warmup_steps=-1 at least 0"),
         ({"outcome_advantage_weight": math.nan}, "outcome_advantage_weight=nan must be finite"),
         ({"distillation_anchor": "step"}, "distillation_anchor='step' is unknown"),
-        ({"trust_region": "spo"}, "trust_region='spo' is unknown"),
+        ({"trust_region": "kl"}, "trust_region='kl' is unknown"),
         ({"trust_region_radius": 0.1}, "has no meaning for trust_region='ppo_clip'"),
         ({"trust_region": "drpo", "trust_region_radius": -0.1}, "trust_region_radius=-0.1 must be"),
         ({"max_steps": 4}, "max_steps=4 would end ERPDConfig's run within a stage"),

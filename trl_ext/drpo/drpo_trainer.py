@@ -8,14 +8,14 @@ from accelerate.logging import get_logger
 from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings
-from trl_ext.drpo.drpo_config import DEFAULT_RADIUS, DRPOConfig, check_drpo_args
-from trl_ext.losses import TokenLoss, dppo_loss, drpo_loss, spo_loss
+from trl_ext.drpo.drpo_config import DRPOConfig, check_drpo_args
+from trl_ext.losses import TokenLoss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
+from trl_ext.trust_regions import trust_region_loss, trust_region_radius, trust_region_warnings
 
 
 logger = get_logger(__name__)
 
-CLIPPING_SETTINGS = ("epsilon", "epsilon_high", "delta")
 VLLM_CORRECTION_SETTINGS = (
     "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max",
@@ -27,7 +27,7 @@ class DRPOTrainer(PolicyLossTrainer):
     r"""
     Trainer for Divergence Regularized Policy Optimization, [Rethinking the Divergence Regularization in LLM
     RL](https://huggingface.co/papers/2606.09821): GRPO with its clipping replaced by a smooth, advantage-weighted
-    quadratic regulariser on the shift of the token's probability (Eq. 8, maximised):
+    quadratic regularizer on the shift of the token's probability (Eq. 8, maximised):
 
     $$ J = \mathbb{E}_{y \sim \mu} \sum_t \left[ r_t A_t - \frac{|A_t|}{2 \delta} \mu_t (r_t - 1)^2 \right], \qquad
     r_t = \pi_t / \mu_t $$
@@ -73,10 +73,9 @@ class DRPOTrainer(PolicyLossTrainer):
     }
 
     @property
-    def trust_region_radius(self) -> float:
+    def trust_region_radius(self) -> float | None:
         """The radius in use: the configured one, or the default of the chosen trust region."""
-        radius = self.args.trust_region_radius
-        return DEFAULT_RADIUS[self.args.trust_region] if radius is None else radius
+        return trust_region_radius(self.args)
 
     @classmethod
     def check_args(cls, args: GRPOConfig) -> None:
@@ -92,32 +91,19 @@ class DRPOTrainer(PolicyLossTrainer):
     ) -> TokenLoss:
         on_policy = behaviour_logps is None
         behaviour_logps = per_token_logps if behaviour_logps is None else behaviour_logps
-        tensors = (per_token_logps, behaviour_logps, advantages, mask)
-        trust_region, radius = self.args.trust_region, self.trust_region_radius
-        if trust_region == "drpo":
-            token_loss = drpo_loss(*tensors, radius=radius)
-        elif trust_region == "spo":
-            token_loss = spo_loss(*tensors, radius=radius)
-        else:
-            divergence, ratio_cap = trust_region.removeprefix("dppo_"), self.args.dppo_ratio_cap
-            token_loss = dppo_loss(*tensors, radius=radius, divergence=divergence, ratio_cap=ratio_cap)
+        token_loss = trust_region_loss(self.args, per_token_logps, behaviour_logps, advantages, mask)
         if on_policy:
             token_loss.metrics = {}  # nothing but ones and zeros: the ratio is 1
         return token_loss
 
     def warn_about_args(self) -> None:
-        names = CLIPPING_SETTINGS + (VLLM_CORRECTION_SETTINGS if self.use_vllm else ())
-        if changed := changed_settings(self.args, names):
+        for warning in trust_region_warnings(self.args):
+            logger.warning(warning)
+        if changed := changed_settings(self.args, VLLM_CORRECTION_SETTINGS if self.use_vllm else ()):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             logger.warning(
-                f"{settings} has no effect in {type(self).__name__}, whose trust region replaces GRPO's clipping and "
-                "correction: set trust_region_radius instead."
-            )
-        if self.trust_region_radius >= 1 and self.args.trust_region in ("drpo", "dppo_tv"):
-            logger.warning(
-                f"trust_region_radius={self.trust_region_radius} is in absolute probability, which cannot shift by "
-                "more than 1, so that the trust region never binds: set it below 1, e.g. "
-                f"{DEFAULT_RADIUS[self.args.trust_region]}."
+                f"{settings} has no effect in {type(self).__name__}, whose ratio is against vLLM's own "
+                "log-probabilities and needs no correction: leave it out."
             )
         sampled_elsewhere = (self.use_vllm or self.rollout_func is not None) and self._uses_sampler_logps
         sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}

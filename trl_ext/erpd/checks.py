@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from trl_ext.arguments import changed_settings, check_policy_loss_args
 from trl_ext.erpd.schedule import LearningRate, as_list, as_text
 from trl_ext.losses.signal import SIGNALS
+from trl_ext.trust_regions import check_trust_region
 
 
 EXTRACTION_LOSSES = ("sapo", "ce", "mse")
@@ -16,7 +17,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "extraction_loss": EXTRACTION_LOSSES,
     "signal": tuple(SIGNALS),
     "signal_normalization": ("standardize", "scale", "none"),
-    "trust_region": ("ppo_clip", "drpo"),
     "distillation_anchor": ("base", "pass"),
 }
 
@@ -75,7 +75,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
             raise ValueError(f"{name}={getattr(args, name)!r} is no whole number: set it to one.")
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
-    for name in ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip", "trust_region_radius"):
+    for name in ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a positive number: set it to one.")
@@ -84,11 +84,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
             f"outcome_advantage_weight={args.outcome_advantage_weight} must be finite and extraction_warmup_steps="
             f"{args.extraction_warmup_steps} at least 0: set them so."
         )
-    if args.trust_region_radius is not None and args.trust_region != "drpo":
-        raise ValueError(
-            f"trust_region_radius={args.trust_region_radius} has no meaning for trust_region={args.trust_region!r}: "
-            "remove it and set epsilon, or set trust_region to 'drpo'."
-        )
+    check_trust_region(args)
     _check_trl_args(args, owner)
 
 

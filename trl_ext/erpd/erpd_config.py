@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from trl_ext.erpd.checks import CHOICES, check_erpd_args
+from trl_ext.trust_regions import TRUST_REGIONS
 
 
 @dataclass
@@ -50,9 +51,10 @@ class ERPDConfig(GRPOConfig):
             What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
             start of each pass over the set, which costs a pass of scoring each.
         trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
-            Of stage 2: `"ppo_clip"` (`epsilon`, `epsilon_high`, `delta`) or `"drpo"` (`trust_region_radius`).
+            Of stage 2: `"ppo_clip"` (`epsilon`, `epsilon_high`, `delta`), or one of [`DRPOConfig`]'s `"drpo"`,
+            `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
         trust_region_radius (`float`, *optional*):
-            For `"drpo"`, in absolute probability. `None`: 0.15.
+            For all regions but `"ppo_clip"`, in the region's own unit. `None`: the default in [`DRPOConfig`].
         outcome_advantage_weight (`float`, *optional*, defaults to `0.0`):
             What of GRPO's outcome advantage is added to the signal in stage 2.
         keep_teachers (`bool`, *optional*, defaults to `False`):
@@ -118,12 +120,14 @@ class ERPDConfig(GRPOConfig):
     trust_region: str = field(
         default="ppo_clip",
         metadata={
-            "help": "Of stage 2: 'ppo_clip' (epsilon, epsilon_high, delta) or 'drpo' (trust_region_radius).",
-            "choices": list(CHOICES["trust_region"]),
+            "help": "Of stage 2: 'ppo_clip' (epsilon, epsilon_high, delta), or another region with its "
+            "trust_region_radius.",
+            "choices": list(TRUST_REGIONS),
         },
     )
     trust_region_radius: float | None = field(
-        default=None, metadata={"help": "For trust_region='drpo', in absolute probability. None: 0.15."}
+        default=None,
+        metadata={"help": "Radius of stage 2's trust region, in the region's own unit. None: the region's default."},
     )
     outcome_advantage_weight: float = field(
         default=0.0, metadata={"help": "What of GRPO's outcome advantage is added to the signal in stage 2."}

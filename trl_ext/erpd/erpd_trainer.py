@@ -14,23 +14,19 @@ from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings
-from trl_ext.drpo.drpo_config import DEFAULT_RADIUS
-from trl_ext.drpo.drpo_trainer import CLIPPING_SETTINGS
 from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
 from trl_ext.erpd.erpd_config import ERPDConfig
 from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, phases_of, teachers_of
 from trl_ext.erpd.stages import Stages, newest_whole_checkpoint
 from trl_ext.losses import (
     TokenLoss,
-    drpo_loss,
-    ppo_clip_loss,
     reward_cross_entropy_loss,
     reward_regression_loss,
     sapo_loss,
 )
 from trl_ext.losses.token_loss import bounded_behaviour_logps
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
+from trl_ext.trust_regions import trust_region_loss, trust_region_warnings
 
 
 logger = get_logger(__name__)
@@ -131,12 +127,8 @@ class ERPDTrainer(PolicyLossTrainer):
                 "Without eval_dataset the policies are measured on the set that they are trained on, where a ruined "
                 "teacher may not be seen to be one: pass held-out prompts as eval_dataset."
             )
-        if self.args.trust_region == "drpo" and (changed := changed_settings(self.args, CLIPPING_SETTINGS)):
-            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-            logger.warning(
-                f"{settings} has no effect with trust_region='drpo', which does not clip: set trust_region_radius "
-                "instead."
-            )
+        for warning in trust_region_warnings(self.args):
+            logger.warning(warning)
         update = self.args.generation_batch_size // self.args.steps_per_generation
         update *= self.args.gradient_accumulation_steps
         if self.args.distillation_anchor == "pass" and self.prompts_per_round * self.num_generations == update:
@@ -247,24 +239,16 @@ class ERPDTrainer(PolicyLossTrainer):
         mask: torch.Tensor,
         inputs: dict[str, Any],
     ) -> TokenLoss:
-        clip: dict[str, Any] = {
-            "epsilon_low": self.epsilon_low,
-            "epsilon_high": self.epsilon_high,
-            "ratio_cap": self.args.delta,
-        }
         if not self.model.training:  # on rollouts of its own, which have no signal: GRPO's loss
             behaviour_logps = per_token_logps.detach() if behaviour_logps is None else behaviour_logps
-            return TokenLoss(ppo_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip).loss)
+            tensors = (per_token_logps, behaviour_logps, advantages, mask)
+            return TokenLoss(trust_region_loss(self.args, *tensors, region="ppo_clip").loss)
         assert behaviour_logps is not None  # the set has them
         phase, base_logps = self._phase, inputs["base_logps"]
         reverse = -1.0 if phase.policy == "unlearned" else 1.0
         if phase.stage == 2:
             advantages = inputs["signal"] + self.args.outcome_advantage_weight * advantages
-            tensors = (per_token_logps, behaviour_logps, advantages, mask)
-            if self.args.trust_region == "drpo":
-                token_loss = drpo_loss(*tensors, radius=self.args.trust_region_radius or DEFAULT_RADIUS["drpo"])
-            else:
-                token_loss = ppo_clip_loss(*tensors, **clip)
+            token_loss = trust_region_loss(self.args, per_token_logps, behaviour_logps, advantages, mask)
         elif phase.loss == "sapo":
             token_loss = sapo_loss(
                 per_token_logps,

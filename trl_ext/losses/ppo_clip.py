@@ -12,7 +12,7 @@ def ppo_clip_loss(
     mask: torch.Tensor,
     *,
     epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    epsilon_high: float | None = None,
     ratio_cap: float | None = None,
 ) -> TokenLoss:
     r"""
@@ -33,11 +33,12 @@ def ppo_clip_loss(
             Non-zero for the tokens that count.
         epsilon_low (`float`, defaults to `0.2`):
             Clip range below ratio 1.
-        epsilon_high (`float`, defaults to `0.2`):
-            Clip range above ratio 1.
+        epsilon_high (`float`, *optional*):
+            Clip range above ratio 1. `None`: `epsilon_low`.
         ratio_cap (`float`, *optional*):
             \\( C \\), `GRPOConfig.delta` in TRL. `None` for no cap.
     """
+    epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
     policy = policy_ratio(logps, behaviour_logps, mask)
     advantages = at_least_float32(advantages).detach().expand_as(policy.ratio)
     loss, low, high = clipped_surrogate(policy.ratio, advantages, policy.mask, epsilon_low, epsilon_high, ratio_cap)
