@@ -14,6 +14,7 @@ from trl_ext.losses import TokenLoss
 from trl_ext.losses.token_loss import bounded_behaviour_logps
 from trl_ext.metrics import TokenMetrics
 from trl_ext.rollout_checkpoint import load_rollouts, remove_rollouts, save_rollouts
+from trl_ext.whole_checkpoint import WholeCheckpoints
 
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ VISION_INPUTS = (
 )
 
 
-class PolicyLossTrainer(GRPOTrainer):
+class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
     r"""
     [`~trl.GRPOTrainer`] with another per-token policy loss: a subclass writes `policy_loss`, and all the rest
     (generation, rewards, masks, KL, aggregation, entropy bonus, auxiliary loss, metrics) remains TRL's own code.
