@@ -7,6 +7,7 @@ import torch
 
 from trl_ext.losses import (
     normalize_signal,
+    outcomes_of,
     reward_cross_entropy_loss,
     reward_regression_loss,
     sapo_loss,
@@ -83,6 +84,31 @@ def test_cross_entropy_of_a_wrong_and_an_unknown_outcome():
     assert output.metrics["extraction/implicit_reward_wrong"][0].item() == pytest.approx(0.3)
     assert output.metrics["extraction/implicit_reward_wrong"][1].isnan()
     assert output.metrics["extraction/implicit_reward_right"].isnan().all()
+
+
+def test_cross_entropy_of_an_outcome_in_between():
+    logps, base, mask = sequences()
+    output = reward_cross_entropy_loss(logps, base, column(0.25, 1.0), mask, beta_r=0.5)
+    output.loss.sum().backward()
+    # 0.25 * 0.5543552 + 0.75 * 0.8543552 = 0.7793552 over 2 tokens; (0.5744425 - 0.25) * 0.5 = 0.1622212 a token
+    torch.testing.assert_close(output.loss[0], column(0.3896776, 0.3896776), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logps.grad[0], column(0.1622212, 0.1622212), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "outcomes"),
+    [
+        ([0.0, 1.0, 1.0], [0.0, 1.0, 1.0]),
+        ([-0.1, 0.7, -0.1], [0.0, 1.0, 0.0]),  # exactly, whatever the two values are
+        ([-2.0, 2.0, -1.0, 0.0], [0.0, 1.0, 0.25, 0.5]),
+        ([3.0, math.nan, 1.0, math.inf], [1.0, math.nan, 0.0, math.nan]),
+        ([3e38, -3e38, 0.0], [1.0, 0.0, 0.5]),  # whose difference is more than float32 holds
+        ([0.5, 0.5], [math.nan, math.nan]),
+        ([math.nan], [math.nan]),
+    ],
+)
+def test_outcomes_of_any_rewards(rewards, outcomes):
+    assert outcomes_of(torch.tensor(rewards)).nan_to_num(-1).tolist() == [-1 if math.isnan(o) else o for o in outcomes]
 
 
 def test_regression_by_hand():

@@ -116,11 +116,19 @@ def test_extraction_takes_its_settings_and_the_unlearned_policy_the_reverse(path
             lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4, ratio_cap=1.7),
         ),
         (
+            {"distillation_epsilon": 0.6},
+            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.6, epsilon_high=0.6),
+        ),
+        (
+            {"distillation_epsilon": 0.1, "epsilon_high": 0.4},
+            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4),
+        ),
+        (
             {"trust_region": "drpo", "trust_region_radius": 0.03},
             lambda *tensors: drpo_loss(*tensors, radius=0.03),
         ),
     ],
-    ids=["ppo_clip", "drpo"],
+    ids=["ppo_clip", "own_epsilon", "both_epsilons", "drpo"],
 )
 def test_distillation_takes_its_trust_regions_settings(path, tmp_path, given, expected):
     trainer = make_trainer(path, tmp_path, **given)

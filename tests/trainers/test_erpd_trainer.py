@@ -752,6 +752,7 @@ def test_masks_of_environments_and_of_truncated_completions(path, tmp_path):
         ({"signal_normalization": "batch"}, "signal_normalization='batch' is unknown"),
         ({"signal_clip": 0.0}, "signal_clip=0.0 must be a positive number"),
         ({"extraction_beta": -1.0}, "extraction_beta=-1.0 must be a positive number"),
+        ({"distillation_epsilon": 0.0}, "distillation_epsilon=0.0 must be a positive number"),
         ({"extraction_learning_rate": math.inf}, "extraction_learning_rate=inf must be a positive number"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
         ({"extraction_warmup_steps": -1}, "extraction_warmup_steps=-1 at least 0"),
@@ -825,11 +826,37 @@ def test_ones_own_config_is_left_as_it_was(path, tmp_path):
     assert args.beta == 0.2
 
 
-def test_rewards_that_are_neither_right_nor_wrong(path, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"extraction_loss='ce' needs rewards of two kinds, .* set extraction_loss to"
-    ):
-        make_trainer(path, tmp_path, reward=tiny.digits_reward).train()
+@pytest.mark.parametrize("extraction_loss", ["sapo", "ce", "mse"])
+def test_any_rewards_will_do(path, tmp_path, extraction_loss):
+    """Negative ones, several functions with weights, a term of length, and none for some rollouts."""
+
+    def length(completions, **kwargs):
+        return [None if text.startswith("a") else -0.3 * len(text) for text in completions]
+
+    trainer = make_trainer(
+        path, tmp_path, trainer_class=Recorder, reward=[right_or_wrong, length, tiny.digits_reward],
+        reward_weights=[1.0, 0.5, 2.0], extraction_loss=extraction_loss,
+    )  # fmt: skip
+    trainer.train()
+    batches = trainer.record[0][4]
+    rewards = torch.cat([batch["rewards"] for batch in batches]).double()
+    outcomes = torch.cat([batch["outcomes"] for batch in batches]).double()
+    expected = (rewards - rewards.min()) / (rewards.max() - rewards.min())
+    torch.testing.assert_close(outcomes, expected, rtol=0, atol=1e-6)
+    assert len(set(rewards.tolist())) > 4
+    assert all(log["grad_norm"] > 0 for log in with_key(trainer, "grad_norm"))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_prompts_whose_rollouts_agree_may_be_left_out(path, tmp_path, skips):
+    """Each prompt's rollouts are alike: `ce` still learns which prompts are right, unless it is told not to."""
+    trainer = make_trainer(
+        path, tmp_path, reward=lambda prompts, **_: [float("1" in prompt) for prompt in prompts],
+        extraction_skips_agreeing_prompts=skips, extraction_passes=1,
+    )  # fmt: skip
+    trainer.train()
+    gradients = [log["grad_norm"] for log in with_key(trainer, "grad_norm") if log["stage"] == 1]
+    assert all((norm == 0) == skips for norm in gradients)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.5, 2.0)])
@@ -850,6 +877,10 @@ def test_any_two_rewards_are_right_and_wrong(path, tmp_path, low, high):
 def test_warnings_of_settings_without_effect(path, tmp_path, caplog):
     make_trainer(path, tmp_path, trust_region="drpo", epsilon=0.3)
     assert "epsilon=0.3 has no effect with trust_region='drpo'" in caplog.text
+    make_trainer(path, tmp_path, epsilon=0.3, distillation_epsilon=0.5)
+    assert "epsilon=0.3 has no effect, because the clip range of stage 2 is distillation_epsilon=0.5" in caplog.text
+    make_trainer(path, tmp_path, trust_region="drpo", distillation_epsilon=0.5)
+    assert "distillation_epsilon=0.5 has no effect with trust_region='drpo'" in caplog.text
     make_trainer(path, tmp_path, prompts_per_round=2, distillation_anchor="pass")
     assert "stage 2 never leaves its anchor" in caplog.text
 
@@ -889,19 +920,6 @@ def test_a_teacher_of_nan_is_named_as_such_with_held_out_prompts_too(path, tmp_p
     monkeypatch.setattr(Stages, "end_phase", broken)
     with pytest.raises(ValueError, match="its training has failed"):
         trainer.train()
-
-
-def test_a_third_reward_is_noticed_before_the_rest_is_sampled(path, tmp_path):
-    asked = []
-
-    def reward(completions, **kwargs):
-        asked.append(len(completions))
-        return [float(i % 3) for i in range(len(completions))]
-
-    trainer = make_trainer(path, tmp_path, reward, extraction_loss="ce")
-    with pytest.raises(ValueError, match=r"at least 0, 1, 2: give a reward function of two values"):
-        trainer.train()
-    assert asked == [8]  # of 32 rollouts
 
 
 def test_what_only_some_generations_have():

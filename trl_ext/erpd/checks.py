@@ -75,7 +75,8 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
             raise ValueError(f"{name}={getattr(args, name)!r} is no whole number: set it to one.")
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
-    for name in ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip"):
+    positive = ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip", "distillation_epsilon")
+    for name in positive:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a positive number: set it to one.")

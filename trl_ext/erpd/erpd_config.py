@@ -35,6 +35,9 @@ class ERPDConfig(GRPOConfig):
             Course of the learning rate over stage 1.
         extraction_beta (`float`, *optional*, defaults to `0.5`):
             \\( \beta_r \\), the scale of the implicit reward of `"ce"` and `"mse"`, in 1 / nats.
+        extraction_skips_agreeing_prompts (`bool`, *optional*, defaults to `False`):
+            Whether `"ce"` and `"mse"` leave out the prompts whose rollouts all have the same reward. `"sapo"` always
+            does, because their advantage is 0.
         signal (`str` or `list[str]`, *optional*, defaults to `"teacher"`):
             What is distilled: `"teacher"`, `"unlearned_reference"` or `"unlearned_teacher"`. One for all teachers, or
             one each.
@@ -47,12 +50,15 @@ class ERPDConfig(GRPOConfig):
             Bound of the normalised signal. `None` for no bound.
         distillation_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 2.
+        distillation_epsilon (`float`, *optional*):
+            Clip range of stage 2 with `trust_region="ppo_clip"`, on both sides of ratio 1 unless `epsilon_high` is
+            set. `None`: `epsilon`, as in GRPO.
         distillation_anchor (`str`, *optional*, defaults to `"base"`):
             What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
             start of each pass over the set, which costs a pass of scoring each.
         trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
-            Of stage 2: `"ppo_clip"` (`epsilon`, `epsilon_high`, `delta`), or one of [`DRPOConfig`]'s `"drpo"`,
-            `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
+            Of stage 2: `"ppo_clip"` (`distillation_epsilon`, `epsilon_high`, `delta`), or one of [`DRPOConfig`]'s
+            `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
         trust_region_radius (`float`, *optional*):
             For all regions but `"ppo_clip"`, in the region's own unit. `None`: the default in [`DRPOConfig`].
         outcome_advantage_weight (`float`, *optional*, defaults to `0.0`):
@@ -87,6 +93,10 @@ class ERPDConfig(GRPOConfig):
     extraction_beta: float = field(
         default=0.5, metadata={"help": "Scale of the implicit reward of 'ce' and 'mse', in 1 / nats."}
     )
+    extraction_skips_agreeing_prompts: bool = field(
+        default=False,
+        metadata={"help": "Whether 'ce' and 'mse' leave out the prompts whose rollouts all have the same reward."},
+    )
     signal: str | list[str] = field(
         default_factory=lambda: ["teacher"],
         metadata={
@@ -109,6 +119,10 @@ class ERPDConfig(GRPOConfig):
         default=2.0, metadata={"help": "Bound of the normalised signal. None for no bound."}
     )
     distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
+    distillation_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Clip range of stage 2 with trust_region='ppo_clip'. None: epsilon, as in GRPO."},
+    )
     distillation_anchor: str = field(
         default="base",
         metadata={

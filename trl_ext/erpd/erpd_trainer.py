@@ -14,6 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback
 from trl import GRPOConfig
 
+from trl_ext.arguments import changed_settings
 from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
 from trl_ext.erpd.erpd_config import ERPDConfig
 from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, phases_of, teachers_of
@@ -104,6 +105,9 @@ class ERPDTrainer(PolicyLossTrainer):
             if self._user_args is not None:
                 self._user_args.beta = self._distillation_beta
         del self._given
+        self._distillation_args = copy.copy(self.args)
+        if self.args.distillation_epsilon is not None:
+            self._distillation_args.epsilon = self.args.distillation_epsilon
         update = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self.schedule = Schedule(phases_of(self.args), self.prompts_per_round * self.num_generations // update)
         self._stages = Stages(self, self.schedule)
@@ -129,6 +133,17 @@ class ERPDTrainer(PolicyLossTrainer):
             )
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
+        own, clips = self.args.distillation_epsilon, self.args.trust_region == "ppo_clip"
+        if own is not None and clips and (changed := changed_settings(self.args, ("epsilon",))):
+            logger.warning(
+                f"epsilon={changed['epsilon']} has no effect, because the clip range of stage 2 is "
+                f"distillation_epsilon={own}: set distillation_epsilon instead, or to None."
+            )
+        if own is not None and not clips and changed_settings(self.args, ("distillation_epsilon",)):
+            logger.warning(
+                f"distillation_epsilon={own} has no effect with trust_region={self.args.trust_region!r}: set "
+                "trust_region_radius instead."
+            )
         update = self.args.generation_batch_size // self.args.steps_per_generation
         update *= self.args.gradient_accumulation_steps
         if self.args.distillation_anchor == "pass" and self.prompts_per_round * self.num_generations == update:
@@ -248,7 +263,7 @@ class ERPDTrainer(PolicyLossTrainer):
         reverse = -1.0 if phase.policy == "unlearned" else 1.0
         if phase.stage == 2:
             advantages = inputs["signal"] + self.args.outcome_advantage_weight * advantages
-            token_loss = trust_region_loss(self.args, per_token_logps, behaviour_logps, advantages, mask)
+            token_loss = trust_region_loss(self._distillation_args, per_token_logps, behaviour_logps, advantages, mask)
         elif phase.loss == "sapo":
             token_loss = sapo_loss(
                 per_token_logps,
@@ -264,7 +279,7 @@ class ERPDTrainer(PolicyLossTrainer):
                 per_token_logps, base_logps, outcomes, mask, beta_r=self.args.extraction_beta
             )
         else:
-            targets = (reverse * advantages.squeeze(1)).masked_fill(inputs["rewards"].isnan(), torch.nan)
+            targets = (reverse * advantages.squeeze(1)).masked_fill(inputs["outcomes"].isnan(), torch.nan)
             token_loss = reward_regression_loss(
                 per_token_logps, base_logps, targets, mask, beta_r=self.args.extraction_beta
             )
@@ -314,7 +329,7 @@ class ERPDTrainer(PolicyLossTrainer):
     def run_identity(self) -> dict[str, Any]:
         """What the fixed set of a checkpoint, and the place in its round, depend on."""
         names = ["seed", "extraction_passes", "distillation_passes", "temperature", "top_p", "top_k", "min_p"]
-        names += ["mask_truncated_completions"]
+        names += ["mask_truncated_completions", "extraction_skips_agreeing_prompts"]
         return {
             **self._run_identity(),
             "prompts_per_round": self.prompts_per_round,

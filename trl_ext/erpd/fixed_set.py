@@ -15,6 +15,8 @@ from trl_ext.rollout_checkpoint import read_batches, read_metadata, write_batche
 
 Row = dict[str, torch.Tensor]  # one rollout, without padding, on the CPU
 
+PER_ROLLOUT = ("advantages", "rewards", "outcomes")
+
 # Sequences are sorted by length within this many batches, so that batches differ in more than their length
 BATCHES_SORTED_TOGETHER = 50
 
@@ -31,8 +33,9 @@ class FixedSet:
     Args:
         batches (`list[dict[str, torch.Tensor]]`):
             `prompt_ids`, `prompt_mask` (left-padded), `completion_ids`, `completion_mask`, where there are any
-            `tool_mask` and `sampling_per_token_logps` (right-padded), and `advantages` and `rewards` of shape
-            `(batch,)`.
+            `tool_mask` and `sampling_per_token_logps` (right-padded), and `advantages`, `rewards` and
+            `outcomes` of shape `(batch,)`: the reward from 0 (wrong) to 1 (right), NaN for a rollout that the losses
+            of whole sequences leave out.
         num_tokens (`int`):
             Tokens that count, on all processes.
     """
@@ -150,4 +153,4 @@ def collate(rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | No
             kind = next(row[name] for row in rows if name in row)
             rows = [{name: kind.new_full(row["completion_ids"].shape, absent), **row} for row in rows]
             batch[name] = padded(name, padding, "right")
-    return batch | {name: torch.stack([row[name] for row in rows]) for name in ("advantages", "rewards")}
+    return batch | {name: torch.stack([row[name] for row in rows]) for name in PER_ROLLOUT if name in rows[0]}

@@ -7,6 +7,7 @@ import torch
 from accelerate.logging import get_logger
 
 from trl_ext.erpd.fixed_set import FixedSet, Row, collate, rows_of, share_out
+from trl_ext.losses import outcomes_of
 
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
     prompts = prompts_of_round(trainer, round_number)
     per_generation = trainer.args.generation_batch_size // trainer.num_generations
     chunks: list[list[Row]] = []
-    agreeing = 0
-    rewards_seen: set[float] = set()
-    binary = any(phase.loss == "ce" for phase in trainer.schedule.phases)
+    rewards_of_chunks: list[torch.Tensor] = []  # of all processes
     for start in range(0, len(prompts), per_generation):
         trainer.describe(f"Round {round_number}/{trainer.schedule.rounds}: sampling, prompt {start}/{len(prompts)}")
         rows = [dataset[i] for i in prompts[start : start + per_generation]]
@@ -37,15 +36,18 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
                 "train with DRPOTrainer."
             )
         chunks.append(rows_of(rollouts, rewards))
-        rewards_seen |= set(trainer.rewards_of_all[trainer.rewards_of_all.isfinite()].float().tolist())
-        if binary and len(rewards_seen) > 2:  # on all processes alike, and before the rest is sampled
-            three = ", ".join(f"{reward:g}" for reward in sorted(rewards_seen)[:3])
-            raise ValueError(
-                f"extraction_loss='ce' needs rewards of two kinds, right and wrong, but there are at least {three}: "
-                "give a reward function of two values, or set extraction_loss to 'mse' or 'sapo'."
-            )
-        groups = trainer.rewards_of_all.view(-1, trainer.num_generations)
-        agreeing += int(((groups - groups.nanmean(1, keepdim=True)).abs().nan_to_num() < 1e-6).all(1).sum())
+        rewards_of_chunks.append(trainer.rewards_of_all.float().cpu())
+    all_rewards = torch.stack(rewards_of_chunks)  # (chunk, rollout)
+    groups = all_rewards.view(-1, trainer.num_generations)
+    agrees = ((groups - groups.nanmean(1, keepdim=True)).abs().nan_to_num() < 1e-6).all(1)
+    agreeing = int(agrees.sum())
+    outcomes = outcomes_of(all_rewards)
+    if trainer.args.extraction_skips_agreeing_prompts:
+        outcomes.view_as(groups)[agrees] = torch.nan
+    for chunk, chunk_outcomes in zip(chunks, outcomes, strict=True):
+        first = trainer.accelerator.process_index * len(chunk)
+        for row, outcome in zip(chunk, chunk_outcomes[first:], strict=False):
+            row["outcomes"] = outcome
     if agreeing == len(prompts):
         logger.warning(
             f"Round {round_number}: the rollouts of every prompt have the same reward, so that the set teaches "
@@ -56,8 +58,6 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
     )
     size, seed = trainer.args.per_device_train_batch_size, trainer.args.seed + round_number
     fixed_set = share_out(chunks, trainer.accelerator, size, seed, padded)
-    if binary:
-        add_outcomes(fixed_set, rewards_seen)
     return fixed_set, {
         "fixed_set/prompts": len(prompts),
         "fixed_set/prompts_without_signal": agreeing,
@@ -74,11 +74,3 @@ def prompts_of_round(trainer: "ERPDTrainer", round_number: int) -> list[int]:
     if trainer.shuffle_dataset:
         order = torch.randperm(length, generator=torch.Generator().manual_seed(trainer.args.seed + epoch))
     return order[place * size : (place + 1) * size].tolist()
-
-
-def add_outcomes(fixed_set: FixedSet, rewards_seen: set[float]) -> None:
-    """`outcomes` join the set: the rewards, at most two of them, as 0 and 1, NaN where there is none, for `"ce"`."""
-    for batch in fixed_set.batches:
-        rewards = batch["rewards"].float()
-        right = rewards == max(rewards_seen) if len(rewards_seen) == 2 else rewards > 0
-        batch["outcomes"] = torch.where(rewards.isfinite(), right.float(), torch.nan)

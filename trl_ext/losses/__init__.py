@@ -1,7 +1,7 @@
 """Per-token losses in plain torch: tensors in, loss and metrics out. Nothing here knows TRL or transformers."""
 
 from trl_ext.losses.drpo import dppo_loss, drpo_loss, spo_loss
-from trl_ext.losses.erpd import reward_cross_entropy_loss, reward_regression_loss, sapo_loss
+from trl_ext.losses.erpd import outcomes_of, reward_cross_entropy_loss, reward_regression_loss, sapo_loss
 from trl_ext.losses.ppo_clip import ppo_clip_loss
 from trl_ext.losses.rlad import kdrl_penalty, trrd_loss
 from trl_ext.losses.signal import normalize_signal, token_signal
@@ -28,6 +28,7 @@ __all__ = [
     "least_of_top_share",
     "normalize_signal",
     "opd_loss",
+    "outcomes_of",
     "ppo_clip_loss",
     "reopold_loss",
     "reward_cross_entropy_loss",

@@ -58,23 +58,23 @@ def sapo_loss(
 
 
 def reward_cross_entropy_loss(
-    logps: torch.Tensor, base_logps: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, *, beta_r: float = 0.5
+    logps: torch.Tensor, base_logps: torch.Tensor, outcomes: torch.Tensor, mask: torch.Tensor, *, beta_r: float = 0.5
 ) -> TokenLoss:
     r"""
-    Binary cross-entropy of the implicit reward with the outcome \\( o \\):
+    Binary cross-entropy of the implicit reward with the outcome \\( o \\), which may lie between 0 and 1:
 
     $$ L(y) = -o \log \sigma(R(y)) - (1 - o) \log \sigma(-R(y)), \qquad
     \nabla L = (\sigma(R) - o)\, \beta_r \sum_t \nabla \log \pi(y_t) $$
 
     Args:
-        rewards (`torch.Tensor` of shape `(batch,)`):
-            \\( o \\), 1 for right and 0 for wrong. A sequence of reward NaN has no loss.
+        outcomes (`torch.Tensor` of shape `(batch,)`):
+            \\( o \\) from 0 (wrong) to 1 (right), see [`outcomes_of`]. A sequence of outcome NaN has no loss.
         beta_r (`float`, defaults to `0.5`):
             \\( \beta_r \\), in 1 / nats.
     """
     implicit_rewards = implicit_reward(logps, base_logps, mask, beta_r=beta_r)
-    known = rewards.isfinite()
-    targets = torch.where(known, at_least_float32(rewards), 0.0)
+    known = outcomes.isfinite()
+    targets = torch.where(known, at_least_float32(outcomes), 0.0)
     losses = binary_cross_entropy_with_logits(implicit_rewards, targets.to(implicit_rewards), reduction="none")
     metrics: Metrics = {
         "extraction/implicit_reward_right": _where(implicit_rewards, targets > 0.5),
@@ -105,6 +105,26 @@ def reward_regression_loss(
         "extraction/implicit_reward_wrong": _where(implicit_rewards, targets < 0),
     }
     return TokenLoss(_spread(losses, mask), metrics)
+
+
+def outcomes_of(rewards: torch.Tensor) -> torch.Tensor:
+    r"""
+    Any rewards as outcomes of [`reward_cross_entropy_loss`]: the affine map of their range to \\( [0, 1] \\),
+
+    $$ o_i = \frac{r_i - \min_j r_j}{\max_j r_j - \min_j r_j} $$
+
+    so that two rewards become exactly 0 and 1. NaN where a reward is not finite, and where all are equal.
+
+    Args:
+        rewards (`torch.Tensor` of any shape):
+            Those of the whole fixed set, all processes.
+    """
+    rewards = rewards.double()
+    known = rewards[rewards.isfinite()]
+    if known.numel() == 0 or known.min() == known.max():
+        return torch.full_like(rewards, torch.nan, dtype=torch.float32)
+    outcomes = (rewards - known.min()) / (known.max() - known.min())
+    return torch.where(rewards.isfinite(), outcomes, torch.nan).float()
 
 
 def implicit_reward(
