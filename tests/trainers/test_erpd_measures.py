@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny_erpd_trainer import hand_made_batch, make_trainer
 
 from trl_ext.erpd.fixed_set import FixedSet
-from trl_ext.erpd.measures import measure_samples, own_samples
+from trl_ext.erpd.measures import measure_samples, own_samples, sampling_seed
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,23 @@ def test_samples_have_random_numbers_of_their_own(path, tmp_path):
         (sample,) = own_samples(trainer)
         completions.append(sample["completion_ids"])
     assert torch.equal(*completions)
+
+
+@pytest.mark.parametrize(
+    ("engine", "seeds"),
+    [
+        ({"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": 2}, [7, 7, 8, 8]),
+        ({"use_vllm": True, "vllm_mode": "server", "vllm_tensor_parallel_size": 2}, [7, 8, 9, 10]),
+        ({"use_vllm": False, "vllm_mode": "colocate", "vllm_tensor_parallel_size": 2}, [7, 8, 9, 10]),
+    ],
+)
+def test_the_ranks_of_one_engine_draw_alike(engine, seeds):
+    """And no two engines: each rank of a colocated engine generates all of its prompts, and takes its share."""
+    trainers = [
+        SimpleNamespace(args=SimpleNamespace(seed=7, **engine), accelerator=SimpleNamespace(process_index=process))
+        for process in range(4)
+    ]
+    assert [sampling_seed(trainer) for trainer in trainers] == seeds
 
 
 def test_every_held_out_data_set_is_measured(path, tmp_path):

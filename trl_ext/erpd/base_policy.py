@@ -73,6 +73,8 @@ class WeightsCopy:
 
     def _weights(self) -> list[torch.Tensor]:
         """What is copied: the tensors themselves, in an order that never changes."""
+        if self.trainer.is_fsdp_enabled:
+            reshard(self.trainer.model_wrapped)
         if not self.trainer.is_deepspeed_enabled:
             weights = [p for p in self.trainer.model.parameters() if p.requires_grad]
             return [getattr(weight, "_local_tensor", weight) for weight in weights]  # of FSDP2: the shard
@@ -84,6 +86,36 @@ class WeightsCopy:
             f"ERPD restores the base policy into the master weights of ZeRO-1, 2 and 3, but DeepSpeed runs with "
             f"{type(optimizer).__name__}: set zero_stage to 1, 2 or 3."
         )
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """
+    Makes FSDP free the gathered weights, so that `model.parameters()` are the shards that the optimizer updates.
+
+    A forward pass without a backward pass leaves units gathered, the root unit by default: their parameters are then
+    the gathered copies, and what is written to them is lost or overwrites the wrong elements.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard as free_gathered_weights
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # FSDP2
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:  # FSDP1
+            free_gathered_weights(module, module._handle, True)
+
+
+def save_whole_policy(trainer: Any, folder: str) -> None:
+    """`trainer.save_model`, which writes nothing where FSDP's checkpoints are shards (SHARDED_STATE_DICT)."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None:
+        trainer.save_model(folder, _internal_call=True)  # or it would be pushed to the Hub
+        return
+    of_checkpoints, plugin.state_dict_type = plugin.state_dict_type, "FULL_STATE_DICT"
+    try:
+        trainer.save_model(folder, _internal_call=True)
+    finally:
+        plugin.state_dict_type = of_checkpoints
 
 
 def clear_optimizer_state(optimizer: Any) -> None:

@@ -14,11 +14,18 @@ Samples = list[dict[str, Any]]  # one dict a batch, on the CPU
 
 @contextmanager
 def isolated_rng(accelerator: Accelerator, seed: int) -> Iterator[None]:
-    """Draws of torch within do not change those after it, and are the same for the same seed."""
+    """Random draws of torch inside this context depend on `seed` alone and do not change the draws after it."""
     device = accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + accelerator.process_index)
+        torch.manual_seed(seed)
         yield
+
+
+def sampling_seed(trainer: Any) -> int:
+    """Differs between processes that sample for themselves; the ranks of one vLLM engine must draw alike."""
+    args = trainer.args
+    one_engine = args.vllm_tensor_parallel_size if args.use_vllm and args.vllm_mode == "colocate" else 1
+    return args.seed + trainer.accelerator.process_index // one_engine
 
 
 @contextmanager
@@ -44,7 +51,7 @@ def own_samples(trainer: Any) -> Samples:
     datasets = trainer.eval_dataset
     datasets = list(datasets.values()) if isinstance(datasets, dict) else [datasets]
     samples = []
-    with isolated_rng(trainer.accelerator, trainer.args.seed), evaluating(trainer):
+    with isolated_rng(trainer.accelerator, sampling_seed(trainer)), evaluating(trainer):
         for dataset in datasets:
             for number, rows in enumerate(trainer.get_eval_dataloader(dataset)):
                 batch, rewards = trainer.sample(rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from trl_ext.erpd.base_policy import WeightsCopy, clear_optimizer_state
+from trl_ext.erpd.base_policy import WeightsCopy, clear_optimizer_state, save_whole_policy
 from trl_ext.erpd.fixed_set import FixedSet
 from trl_ext.erpd.measures import evaluating, measure_samples, own_samples, reduced
 from trl_ext.erpd.sampling import sample_fixed_set
@@ -119,7 +119,7 @@ class Stages:
         if phase.stage == 1:
             if self.trainer.args.keep_teachers:
                 folder = Path(self.trainer.args.output_dir, f"round-{phase.round}", phase.name)
-                self.trainer.save_model(str(folder), _internal_call=True)  # or it would be pushed to the Hub
+                save_whole_policy(self.trainer, str(folder))
             self.base.restore()
             self.trainer.weights_have_changed()
             if held_out:
