@@ -1,12 +1,15 @@
-"""Checks of what a user passes to a trainer, made before any model is loaded; each message says the mend."""
+"""Checks of the settings that a user passes to a trainer, made before any model is loaded."""
 
 import copy
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from transformers import TrainingArguments
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainingArguments
 from trl import GRPOConfig
 
 
@@ -16,32 +19,116 @@ ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
+# Values with which a sampler leaves the distribution of the model as it is
+NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "top_p": (None, 1.0),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "presence_penalty": (None, 0.0),
+    "frequency_penalty": (None, 0.0),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "min_tokens": (None, 0),
+    "structured_outputs": (None,),
+    "guided_decoding": (None,),
+    "logits_processors": (None, []),
+    "vllm_structured_outputs_regex": (None,),
+}
+
+
 def as_config(args: TrainingArguments | None, config_class: type[ConfigT], model: Any, method: str) -> ConfigT:
     """
     `args` as a `config_class`: itself where it is one, else a copy with the method's own settings at their defaults.
 
     TRL's plain configuration, of which `config_class` is a subclass (or a user's subclass of it), keeps all its
-    values; `None` gives the defaults with TRL's usual output directory, `{model}-{method}`.
+    values; `None` gives the defaults with TRL's usual output directory, `{model}-{method}`. The configuration of
+    another trainer is refused with a `TypeError`, because its own settings would be ignored.
     """
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None) or "policy"
         return config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
-    if isinstance(args, config_class):
-        return args
     plain_class = trl_config(config_class)
     if not isinstance(args, plain_class):
         raise TypeError(
             f"`args` must be a {config_class.__name__} or a trl {plain_class.__name__}, got {type(args).__name__}: "
             f"create it with {config_class.__name__}(output_dir=...)."
         )
-    converted: Any = copy.copy(args)
+    theirs = library_config(type(args))
+    if not issubclass(config_class, theirs) and (config_class is plain_class or not isinstance(args, config_class)):
+        raise TypeError(
+            f"`args` is a {theirs.__name__}, the configuration of another trainer, whose own settings would be "
+            f"ignored: create it with {config_class.__name__}(output_dir=...)."
+        )
+    if not isinstance(args, config_class):
+        converted: Any = copy.copy(args)
+        for setting in fields(config_class):
+            if not hasattr(converted, setting.name):
+                default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+                setattr(converted, setting.name, default)
+        if type(args) is plain_class:  # so that our settings reach the logs and training_args.bin too
+            converted.__class__ = config_class
+        args = converted
+    check_types(args, config_class)
+    return args  # or, of a user's own class, with all of its settings
+
+
+def library_config(config_class: type) -> type:
+    """The configuration class of TRL or of this package that `config_class` extends, or is."""
+    return next(
+        base
+        for base in config_class.__mro__
+        if base.__module__.split(".")[0] in ("trl", "trl_ext") and issubclass(base, TrainingArguments)
+    )
+
+
+def check_types(args: Any, config_class: type) -> None:
+    """Raises a `ValueError` where one of the settings that this package defines has another type than it declares."""
+    own = {
+        name
+        for base in config_class.__mro__
+        if base.__module__.split(".")[0] == "trl_ext"
+        for name in inspect.get_annotations(base)
+    }
+    hints = get_type_hints(config_class)
     for setting in fields(config_class):
-        if not hasattr(converted, setting.name):
-            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-            setattr(converted, setting.name, default)
-    if type(args) is plain_class:  # so that our settings reach the logs and training_args.bin too
-        converted.__class__ = config_class
-    return converted
+        value = getattr(args, setting.name)
+        if setting.name in own and not _fits(value, hints[setting.name]):
+            raise ValueError(
+                f"{setting.name}={value!r} has the wrong type ({type(value).__name__}): set it to "
+                f"{_in_words(hints[setting.name])}."
+            )
+
+
+_KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a string"),
+    list: ((list, tuple), "a list"),
+    dict: (dict, "a dictionary"),
+    type(None): (type(None), "None"),
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    kind = get_origin(hint) or hint
+    if kind not in _KINDS:
+        return True
+    if isinstance(value, bool) and kind is not bool:  # which Python counts among the numbers
+        return False
+    fits = isinstance(value, _KINDS[kind][0])
+    return fits and (kind is not list or all(_fits(item, get_args(hint)[0]) for item in value))
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_in_words(option) for option in get_args(hint))
+    words = _KINDS[get_origin(hint) or hint][1]
+    return f"{words} of {_in_words(get_args(hint)[0]).split(' ', 1)[1]}s" if get_origin(hint) is list else words
 
 
 def trl_config(config_class: type) -> type:
@@ -49,49 +136,11 @@ def trl_config(config_class: type) -> type:
     return next(base for base in config_class.__mro__ if base.__module__.split(".")[0] == "trl")
 
 
-def check_prompt_column(trainer: str, train_dataset: Any, eval_dataset: Any = None) -> None:
-    """Raises a `ValueError` for a dataset whose columns are known and lack `prompt`."""
-    datasets = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets.update({f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()})
-    else:
-        datasets["eval_dataset"] = eval_dataset
-    for name, dataset in datasets.items():
-        known_columns(trainer, dataset, name, ("prompt",))
-
-
-def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]) -> list[str]:
-    """
-    The columns of a dataset, none where they are not known. Raises a `ValueError` where they are, and none is wanted.
-
-    Args:
-        name (`str`):
-            What the dataset is to the trainer.
-        wanted (`tuple[str, ...]`):
-            Columns of which one must be there; the last is the one to rename to.
-    """
-    columns = getattr(dataset, "column_names", None)
-    row_format = getattr(dataset, "format", None)
-    if not columns or (isinstance(row_format, dict) and row_format.get("type") == "custom"):
-        return []  # a transform makes the columns when a row is read
-    if isinstance(columns, dict):
-        raise ValueError(
-            f"{trainer} needs one split as `{name}`, got all of them: pass e.g. dataset[{next(iter(columns))!r}]."
-        )
-    if not set(wanted) & set(columns):
-        raise ValueError(
-            f"{trainer} needs a {' or '.join(map(repr, wanted))} column, but `{name}` has only "
-            f"{', '.join(map(repr, columns))}: rename yours, e.g. "
-            f"dataset.rename_column({columns[0]!r}, {wanted[-1]!r})."
-        )
-    return columns
-
-
 def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
     """Raises a `ValueError` for the settings of GRPO that a per-token policy loss of our own cannot honour."""
     if args.importance_sampling_level != "token":
         raise ValueError(
-            f"{owner} has one ratio a token and cannot use importance_sampling_level="
+            f"{owner} has one ratio per token and cannot use importance_sampling_level="
             f"{args.importance_sampling_level!r}: set it to 'token'."
         )
     if args.loss_type not in AGGREGATIONS:
@@ -101,8 +150,55 @@ def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
         )
 
 
+def check_processing_class(processing_class: Any) -> None:
+    """Raises a `TypeError` for what is not a tokenizer or processor, a name for example."""
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+        fix = f"AutoTokenizer.from_pretrained({processing_class!r})"
+        if not isinstance(processing_class, str):
+            fix = "what AutoTokenizer.from_pretrained() returns"
+        raise TypeError(
+            f"`processing_class` must be a tokenizer or a processor, got a {type(processing_class).__name__}: pass "
+            f"{fix}."
+        )
+
+
+def check_sharded_adapter(trainer: Trainer, fused_head: bool) -> None:
+    """
+    Raises a `ValueError` for adapters that FSDP would not train or save correctly. To be called at the end of a
+    trainer's constructor.
+
+    Args:
+        fused_head (`bool`):
+            Whether the log-probabilities come from TRL's fused LM head, which under FSDP2 does not average the
+            gradient of a head that is trained over the processes.
+    """
+    if not trainer.is_fsdp_enabled or not is_peft_model(trainer.model):
+        return
+    name = type(trainer).__name__
+    if trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            f"{name} cannot train an adapter under FSDP1, with which PEFT saves an empty one: set fsdp_version to 2."
+        )
+    head: Any = trainer.model.get_output_embeddings()
+    if fused_head and head is not None and any(parameter.requires_grad for parameter in head.parameters()):
+        raise ValueError(
+            f"{name} cannot train the LM head beside an adapter under FSDP2, because TRL's fused head does not "
+            "average its gradient over the processes: remove it from modules_to_save, or use DDP or DeepSpeed."
+        )
+
+
+def sampling_that_biases_the_ratio(args: GRPOConfig) -> list[str]:
+    """
+    The settings that change the sampler's log-probabilities but not the training model's, against which they are
+    divided.
+    """
+    neutral = {**NEUTRAL_SAMPLING, "temperature": (None, args.temperature)}
+    sampling = {name: getattr(args, name, None) for name in neutral} | (args.generation_kwargs or {})
+    return [name for name, value in sampling.items() if name in neutral and value not in neutral[name]]
+
+
 def changed_settings(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the named settings that somebody set to another value than the default of the method."""
+    """Those of the named settings that have another value than the default of the method."""
     defaults = {setting.name: setting.default for setting in fields(args)}
     return {name: getattr(args, name) for name in names if name in defaults and getattr(args, name) != defaults[name]}
 

@@ -9,10 +9,18 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext.arguments import as_config, check_policy_loss_args, check_prompt_column
+from trl_ext.arguments import (
+    as_config,
+    check_policy_loss_args,
+    check_processing_class,
+    check_sharded_adapter,
+    sampling_that_biases_the_ratio,
+)
+from trl_ext.dataset_columns import check_prompt_column
 from trl_ext.losses import TokenLoss
 from trl_ext.losses.token_loss import bounded_behaviour_logps
 from trl_ext.metrics import TokenMetrics
+from trl_ext.policy_loss_checks import check_sampler_logps, checked_token_loss, without_advice
 from trl_ext.rollout_checkpoint import load_rollouts, remove_rollouts, save_rollouts
 from trl_ext.whole_checkpoint import WholeCheckpoints
 
@@ -84,29 +92,33 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
     ) -> None:
         args = as_config(args, self.config_class, model, self._name)
         self.check_args(args)
+        check_processing_class(processing_class)
         if environment_factory is None:
             check_prompt_column(type(self).__name__, train_dataset, eval_dataset)
         self.before_loading(model, args, processing_class)
         self._loss_inputs: dict[str, Any] | None = None  # the batch, while `_compute_loss` works on it
         self._skips_old_pass = False
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
-        # Whoever switched vLLM's correction off does not want vLLM's log-probabilities to be used
+        # TRL's advice for this aggregation is a sequence-level ratio, which a per-token loss cannot have
+        with without_advice("trl.trainer.grpo_trainer", "When using `'luspo'` loss"):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        check_sharded_adapter(self, fused_head=True)
+        # With vLLM's correction switched off, its log-probabilities are not used
         self._uses_sampler_logps = self.anchored_to_sampler and (
             not self.use_vllm or self.vllm_importance_sampling_correction
         )
@@ -125,6 +137,21 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
     def warn_about_args(self) -> None:
         """Warns, once, of the settings that were set but have no effect. Called at the end of `__init__`."""
 
+    @property
+    def sampled_elsewhere(self) -> bool:
+        """Whether the ratio is against the log-probabilities of another engine than the training model."""
+        return self._uses_sampler_logps and (self.use_vllm or self.rollout_func is not None)
+
+    def warn_of_biased_ratio(self) -> None:
+        """Warns where that engine's log-probabilities are not those of its policy at the temperature in use."""
+        if self.sampled_elsewhere and (names := sampling_that_biases_the_ratio(self.args)):
+            logger.warning(
+                f"The sampler's log-probabilities depend on {', '.join(names)} and the training model's do not, which "
+                "biases the ratio between them: sample with top_p=1.0, top_k=0, min_p=None and "
+                "repetition_penalty=1.0, without further constraints, and set temperature outside of "
+                "generation_kwargs."
+            )
+
     def policy_loss(
         self,
         per_token_logps: torch.Tensor,
@@ -132,9 +159,11 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
         advantages: torch.Tensor,
         mask: torch.Tensor,
         inputs: dict[str, Any],
-    ) -> TokenLoss:
+    ) -> TokenLoss | torch.Tensor:
         """
-        The loss of each completion token, as it is before TRL masks and averages it and adds the KL term.
+        The loss of each completion token, before TRL masks and averages it and adds the KL term.
+
+        Returns a [`~trl_ext.losses.TokenLoss`], or its `loss` alone: a tensor of shape `(batch, time)`.
 
         Args:
             per_token_logps (`torch.Tensor` of shape `(batch, time)`):
@@ -214,7 +243,9 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
         elif not self.model.training:
             behaviour_logps = None  # evaluated by the very policy that sampled
 
-        token_loss = self.policy_loss(logps, behaviour_logps, advantages, mask, inputs)
+        token_loss = checked_token_loss(
+            self.policy_loss(logps, behaviour_logps, advantages, mask, inputs), logps, type(self).__name__
+        )
         metrics = dict(token_loss.metrics)
         if sampler_logps is not None:
             metrics["sampling/missing_logps"] = (~sampler_logps.isfinite()).float()
@@ -234,7 +265,7 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
         completion_ids, sampler_logps = outputs[1], outputs[4]
         self._skips_old_pass = False
         if self._uses_sampler_logps:
-            self._check_sampler_logps(completion_ids, sampler_logps)
+            check_sampler_logps(self.accelerator, completion_ids, sampler_logps)
             # The pass that TRL makes next, where the update is not aligned with the generation, is the old policy's
             self._skips_old_pass = (
                 sampler_logps is not None and self.args.gradient_accumulation_steps % self._generate_every != 0
@@ -244,33 +275,6 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
     @property
     def _generate_every(self) -> int:
         return self.args.steps_per_generation * self.num_iterations
-
-    def _check_sampler_logps(self, completion_ids: list[list[int]], sampler_logps: list[list] | None) -> None:
-        """Stops at log-probabilities that cannot be the sampler's, on all processes alike."""
-        fault = 0
-        if sampler_logps is None:
-            fault = 1
-        elif [len(ids) for ids in completion_ids] != [len(logps) for logps in sampler_logps]:
-            fault = 2
-        elif all(logp == 0 for logps in sampler_logps for logp in logps):
-            fault = 3
-        # Each process must take the same way from here, or the others wait for it for ever
-        faults = self.accelerator.gather(torch.tensor([fault], device=self.accelerator.device)).tolist()
-        if len(set(faults)) > 1 and {1} < set(faults):
-            raise ValueError(
-                "The rollouts of some processes have log-probabilities and those of others have none: return them "
-                "from rollout_func on all, or None on all."
-            )
-        if 2 in faults:
-            raise ValueError(
-                "The rollouts' `logprobs` and `completion_ids` differ in length: return one log-probability a token "
-                "(None for a token that has none), or logprobs=None for the trainer to compute them."
-            )
-        if 3 in faults:
-            logger.warning_once(
-                "All of the rollouts' `logprobs` are 0.0, which says that every token was certain to be sampled: "
-                "return the sampler's, or logprobs=None for the trainer to compute them."
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -16,6 +16,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.tropd.prompts import PromptCollator
 from trl_ext.tropd.vllm_settings import VLLMSettings
+from trl_ext.whole_checkpoint import WholeCheckpoints
 
 
 HERE = "see trl_ext/tropd/tropd_trainer.py"
@@ -30,7 +31,7 @@ def source(function):
 
 
 def test_the_chain_of_classes():
-    assert TrOPDTrainer.__mro__[1:3] == (GKDTrainer, SFTTrainer), HERE
+    assert TrOPDTrainer.__mro__[1:4] == (WholeCheckpoints, GKDTrainer, SFTTrainer), HERE
     assert issubclass(TrOPDConfig, GKDConfig)
 
 

@@ -250,7 +250,7 @@ def test_scores_of_another_length_are_refused(path, tmp_path):
         output = tiny.rollout(prompts, trainer)
         return {**output, "logprobs": [scores[:-1] for scores in output["logprobs"]]}
 
-    with pytest.raises(ValueError, match="one log-probability a token"):
+    with pytest.raises(ValueError, match="one log-probability per token"):
         make_trainer(path, tmp_path, rollout_func=rollout).train()
 
 

@@ -969,7 +969,7 @@ def test_the_kl_is_corrected_by_the_ratio_to_the_base(path, tmp_path):
     ("overrides", "message"),
     [
         ({"extraction_lr_scheduler_type": "foo"}, "extraction_lr_scheduler_type='foo' cannot be made"),
-        ({"rounds": 1.5}, "rounds=1.5 is no whole number"),
+        ({"rounds": 1.5}, "rounds=1.5 has the wrong type"),
     ],
 )
 def test_more_settings_that_cannot_be_honoured(tmp_path, overrides, message):

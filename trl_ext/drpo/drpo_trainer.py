@@ -105,17 +105,8 @@ class DRPOTrainer(PolicyLossTrainer):
                 f"{settings} has no effect in {type(self).__name__}, whose ratio is against vLLM's own "
                 "log-probabilities and needs no correction: leave it out."
             )
-        sampled_elsewhere = (self.use_vllm or self.rollout_func is not None) and self._uses_sampler_logps
-        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        sampling |= self.args.generation_kwargs or {}
-        whole = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
-        if sampled_elsewhere and any(sampling[name] not in values for name, values in whole.items()):
-            logger.warning(
-                "top_p, top_k, min_p or repetition_penalty change the sampler's log-probabilities but not those of "
-                "the training model, which biases the ratio between them: sample with top_p=1.0, top_k=0, min_p=None "
-                "and repetition_penalty=1.0."
-            )
-        if not sampled_elsewhere and self.args.gradient_accumulation_steps % self._generate_every == 0:
+        self.warn_of_biased_ratio()
+        if not self.sampled_elsewhere and self.args.gradient_accumulation_steps % self._generate_every == 0:
             logger.warning(
                 "Every rollout batch is used for one update of the very policy that sampled it, so that the ratio is "
                 "1 and the trust region has nothing to do: raise num_iterations or steps_per_generation until their "

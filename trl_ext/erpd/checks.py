@@ -71,8 +71,6 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
         raise ValueError(f"signal_weights={weights} leave nothing to distil: give finite numbers, not all 0.")
     for name in ("rounds", "extraction_passes", "distillation_passes"):
-        if not isinstance(getattr(args, name), int):
-            raise ValueError(f"{name}={getattr(args, name)!r} is no whole number: set it to one.")
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
     positive = ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip", "distillation_epsilon")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from trl_ext.arguments import check_types
 from trl_ext.erpd.checks import CHOICES, check_erpd_args
 from trl_ext.trust_regions import TRUST_REGIONS
 
@@ -150,4 +151,5 @@ class ERPDConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_types(self, ERPDConfig)
         check_erpd_args(self, type(self).__name__)

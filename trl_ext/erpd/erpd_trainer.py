@@ -17,7 +17,7 @@ from trl import GRPOConfig
 from trl_ext.arguments import changed_settings
 from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
 from trl_ext.erpd.erpd_config import ERPDConfig
-from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, phases_of, teachers_of
+from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, as_list, phases_of, teachers_of
 from trl_ext.erpd.stages import Stages, newest_whole_checkpoint
 from trl_ext.losses import (
     TokenLoss,
@@ -133,6 +133,8 @@ class ERPDTrainer(PolicyLossTrainer):
             )
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
+        if "sapo" in as_list(self.args.extraction_loss):  # the objective whose ratio is against the sampler
+            self.warn_of_biased_ratio()
         own, clips = self.args.distillation_epsilon, self.args.trust_region == "ppo_clip"
         if own is not None and clips and (changed := changed_settings(self.args, ("epsilon",))):
             logger.warning(

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from trl_ext.arguments import check_policy_loss_args
+from trl_ext.arguments import check_policy_loss_args, check_types
 
 
 @dataclass
@@ -103,6 +103,7 @@ class RLADConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_types(self, RLADConfig)
         check_rlad_args(self, type(self).__name__)
 
 

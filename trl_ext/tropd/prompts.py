@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import pad
 
-from trl_ext.arguments import known_columns
+from trl_ext.dataset_columns import known_columns
 
 
 IGNORED = -100  # the label of what is no completion

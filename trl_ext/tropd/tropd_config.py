@@ -5,6 +5,7 @@ from typing import Any
 
 from trl.experimental.gkd import GKDConfig
 
+from trl_ext.arguments import check_types
 from trl_ext.losses import OUTLIER_LOSSES
 from trl_ext.tropd.vllm_settings import VLLMSettings
 
@@ -187,6 +188,7 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_types(self, TrOPDConfig)
         check_tropd_args(self)
 
 

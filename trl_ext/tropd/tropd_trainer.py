@@ -22,7 +22,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, repeat_iterable_dataset
 
-from trl_ext.arguments import as_config, changed_settings
+from trl_ext.arguments import as_config, changed_settings, check_processing_class, check_sharded_adapter
 from trl_ext.losses import OUTLIER_LOSSES, least_of_top_share
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
@@ -34,6 +34,7 @@ from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
 from trl_ext.tropd.rollouts import collate, roll_out
 from trl_ext.tropd.sampling import RolloutSampler
 from trl_ext.tropd.tropd_config import TrOPDConfig, check_tropd_args, settings_without_effect
+from trl_ext.whole_checkpoint import WholeCheckpoints
 
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class TrOPDTrainer(GKDTrainer):
+class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
     r"""
     Trainer for [Trust Region On-Policy Distillation](https://huggingface.co/papers/2606.01249): distils on the
     student's own rollouts, only where the teacher is reliable. Per token \\( x \\) of the student's, with
@@ -128,6 +129,7 @@ class TrOPDTrainer(GKDTrainer):
                 "with dataset.map() instead."
             )
         args = as_config(args, TrOPDConfig, model, self._name)
+        check_processing_class(processing_class)
         check_tropd_args(args)
         needs = None
         if data_collator is None:
@@ -169,6 +171,7 @@ class TrOPDTrainer(GKDTrainer):
                 f"{name} calls the model below PEFT's forward, where {self.model.active_peft_config.peft_type.value} "
                 "puts its prompt: use another adapter, e.g. peft.LoraConfig."
             )
+        check_sharded_adapter(self, fused_head=False)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
