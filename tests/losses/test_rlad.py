@@ -1,12 +1,13 @@
 """TRRD and KDRL: values by hand, limits, gradients, what the ratio's range says, hostile inputs."""
 
+import itertools
 import math
 from functools import partial
 
 import pytest
 import torch
 
-from trl_ext.losses import kdrl_penalty, ppo_clip_loss, trrd_loss
+from trl_ext.losses import dppo_loss, drpo_loss, kdrl_penalty, ppo_clip_loss, spo_loss, trrd_loss
 
 
 def one_token(student, old, teacher, advantage, **settings):
@@ -50,14 +51,25 @@ def test_beyond_the_clamp_by_hand():
     assert (metrics["teacher/veto_positive"], metrics["teacher/veto_negative"]) == (0, 0)
 
 
-def test_alpha_one_is_grpo_to_the_bit():
+REGIONS = {
+    "ppo_clip": partial(ppo_clip_loss, epsilon_high=0.28, ratio_cap=1.3),
+    "drpo": partial(drpo_loss, radius=0.15),
+    "spo": partial(spo_loss, radius=0.2),
+    "dppo_tv": partial(dppo_loss, radius=0.15),
+    "dppo_kl": partial(dppo_loss, radius=0.05, divergence="kl", ratio_cap=1.4),
+}
+
+
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+@pytest.mark.parametrize("reweighs", [True, False])
+def test_alpha_one_is_the_trust_region_without_a_teacher(region, reweighs):
     student, old, teacher, advantages, mask = random_batch()
     teacher[0] = -math.inf  # even then
-    ours = trrd_loss(student, old, teacher, advantages, mask, alpha=1.0, epsilon_low=0.2, epsilon_high=0.28).loss
-    theirs = ppo_clip_loss(student, old, advantages, mask, epsilon_low=0.2, epsilon_high=0.28).loss
-    assert torch.equal(ours, theirs)
-    (gradient,), (expected,) = (torch.autograd.grad(loss.sum(), student) for loss in (ours, theirs))
-    assert torch.equal(gradient, expected)
+    ours = trrd_loss(student, old, teacher, advantages, mask, alpha=1.0, region=region, reweighs=reweighs).loss
+    theirs = region(student, old, advantages, mask).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_alpha_zero_is_anchored_to_the_teacher_alone():
@@ -68,17 +80,63 @@ def test_alpha_zero_is_anchored_to_the_teacher_alone():
     assert torch.equal(ours, trrd_loss(student, old + 1, teacher, advantages, mask, **settings).loss)
 
 
-def test_without_a_clamp_it_is_the_geometric_mixture():
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+def test_without_a_clamp_it_is_the_region_round_the_geometric_mixture(region):
     student, old, teacher, advantages, mask = random_batch()
-    ours = trrd_loss(student, old, teacher, advantages, mask, alpha=0.3, log_ratio_clip=None).loss
-    mixture = 0.3 * old + 0.7 * teacher
-    torch.testing.assert_close(ours, ppo_clip_loss(student, mixture, advantages, mask).loss)
+    ours = trrd_loss(student, old, teacher, advantages, mask, alpha=0.3, log_ratio_clip=None, region=region).loss
+    expected = region(student, 0.3 * old + 0.7 * teacher, advantages, mask).loss
+    torch.testing.assert_close(ours, expected)
+    gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("settings", [{}, {"alpha": 0.2}, {"log_ratio_clip": None}, {"ratio_cap": 1.3}])
-def test_gradient_against_finite_differences(settings):
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradient"),
+    [
+        # On policy, pi = 0.4, pi_T = 0.9: m = sqrt(0.4 * 0.9) = 0.6, r = 2/3, m (r - 1)^2 = 1/15, radius 0.2.
+        # A = 2: -(2 r - 2 / 15 / 0.4) = -1; -r A (1 - (pi - m) / radius) = -4/3 * 2: faster toward the teacher
+        (2.0, -1.0, -8 / 3),
+        # A = -2: 2 r + 2 / 15 / 0.4 = 5/3; 4/3 * (1 + (pi - m) / radius) = 0: it is 0.2 below the mixture already
+        (-2.0, 5 / 3, 0.0),
+    ],
+)
+def test_drpo_round_the_mixture_by_hand(advantage, loss, gradient):
+    settings = {"region": partial(drpo_loss, radius=0.2)}
+    ours, slope, metrics = one_token(0.4, 0.4, 0.9, advantage, **settings)
+    assert ours == pytest.approx(loss)
+    assert slope == pytest.approx(gradient, abs=1e-12)
+    assert metrics["ratio/mean"] == pytest.approx(2 / 3)
+    assert "teacher/veto_positive" not in metrics
+
+
+def test_the_gradient_may_pass_the_clamp():
+    # as beyond the clamp by hand, but d log r / dS = 1 in place of alpha
+    loss, gradient, _ = one_token(0.5, 0.5, 0.05, -1.0, alpha=0.3, clip_passes_gradient=True)
+    assert loss == pytest.approx(math.exp(0.7))
+    assert gradient == pytest.approx(math.exp(0.7))
+
+
+def test_without_reweighing_the_mixture_only_vetoes():
+    # log(0.36 / 0.4) of drift. r = sqrt(0.36^2 / 0.4 / 0.9) = 0.6 weighs the paper's gradient, 0.36 / 0.4 this one's
+    _, gradient, _ = one_token(0.36, 0.4, 0.9, 2.0)
+    assert gradient == pytest.approx(-2 * 0.6)
+    loss, gradient, _ = one_token(0.36, 0.4, 0.9, 2.0, reweighs=False)
+    assert loss == gradient == pytest.approx(-2 * 0.9)
+    # r = sqrt(0.36^2 / 0.4 / 0.2) = 1.27 > 1.2: vetoed all the same
+    assert one_token(0.36, 0.4, 0.2, 2.0, reweighs=False)[1] == 0
+
+
+# Without gradient through the weights that are constants by definition, finite differences cannot see the others:
+# `reweighs=False` and the gradient that passes the clamp are held to their closed forms above
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.2}, {"log_ratio_clip": None}, {"log_ratio_clip": 0.5}])
+@pytest.mark.parametrize("region", [REGIONS["ppo_clip"], REGIONS["spo"], REGIONS["drpo"]], ids=["clip", "spo", "drpo"])
+def test_gradient_against_finite_differences(settings, region):
     student, old, teacher, advantages, mask = random_batch(1)
-    loss = partial(trrd_loss, old_logps=old, teacher_logps=teacher, advantages=advantages, mask=mask, **settings)
+    if region is REGIONS["drpo"]:  # its mixture depends on S beyond the clamp, where it counts as a constant
+        settings = settings | {"log_ratio_clip": None}
+    loss = partial(
+        trrd_loss, old_logps=old, teacher_logps=teacher, advantages=advantages, mask=mask, region=region, **settings
+    )
     assert torch.autograd.gradcheck(lambda x: loss(x).loss, (student,))
 
 
@@ -88,7 +146,7 @@ def test_first_update_ratio_range_and_vetoes():
     student = torch.full((1, 4001), -4.0, dtype=torch.float64, requires_grad=True)
     gap = torch.linspace(-3, 3, 4001, dtype=torch.float64)[None]  # S - T
     for advantage in (1.0, -1.0):
-        settings = {"epsilon_low": 0.2, "epsilon_high": 0.28, "advantages": torch.tensor([[advantage]])}
+        settings = {"region": partial(ppo_clip_loss, epsilon_high=0.28), "advantages": torch.tensor([[advantage]])}
         output = trrd_loss(student, student.detach(), student.detach() - gap, mask=torch.ones(1, 4001), **settings)
         (gradient,) = torch.autograd.grad(output.loss.sum(), student)
         vetoed = gradient == 0
@@ -96,9 +154,9 @@ def test_first_update_ratio_range_and_vetoes():
         assert torch.equal(vetoed, veto.bool())
         edge = gap[vetoed].min() if advantage > 0 else -gap[vetoed].max()
         assert edge.exp().item() == pytest.approx(1.28**2 if advantage > 0 else 0.8**-2, rel=5e-3)  # 1.64, 1.56
-    unclipped = trrd_loss(
-        student, student.detach(), student.detach() - gap, -torch.ones(1, 1), torch.ones(1, 4001), epsilon_low=1.0
-    ).loss
+    logps = (student, student.detach(), student.detach() - gap)
+    region = partial(ppo_clip_loss, epsilon_low=1.0)
+    unclipped = trrd_loss(*logps, -torch.ones(1, 1), torch.ones(1, 4001), region=region).loss
     assert unclipped.min().item() == pytest.approx(math.exp(-0.5), rel=1e-6)
     assert unclipped.max().item() == pytest.approx(math.exp(0.5), rel=1e-6)
 
@@ -125,24 +183,30 @@ def test_a_token_the_teacher_has_no_opinion_of_is_grpos():
 HOSTILE = [-math.inf, -1e4, -60.0, -1.0, 0.0, math.nan]
 
 
-@pytest.mark.parametrize("teacher", HOSTILE)
-@pytest.mark.parametrize("old", HOSTILE)
-@pytest.mark.parametrize("student", HOSTILE[:-1])
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_hostile_values_stay_finite(student, old, teacher, alpha):
-    for dtype in (torch.bfloat16, torch.float32):
-        for clip in (1.0, None):
-            logps = torch.tensor([[student, -1.0], [math.nan, math.inf]], dtype=dtype, requires_grad=True)
-            old_logps, teacher_logps = (torch.tensor([[x, -2.0]] * 2, dtype=dtype) for x in (old, teacher))
-            mask = torch.tensor([[1, 1], [0, 0]])
-            advantages = torch.tensor([[1.0], [-1.0]], dtype=dtype)
-            output = trrd_loss(logps, old_logps, teacher_logps, advantages, mask, alpha=alpha, log_ratio_clip=clip)
-            output.loss.sum().backward()
-            assert output.loss.dtype == torch.float32
-            assert output.loss.isfinite().all()
-            assert logps.grad.isfinite().all()
-            assert not output.loss[1].any()
-            assert not logps.grad[1].any()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize(
+    "settings",
+    [{"alpha": 0.0}, {}, {"alpha": 1.0}, {"reweighs": False}, {"clip_passes_gradient": True}]
+    + [{"region": region} for region in REGIONS.values()],
+)
+def test_hostile_values_stay_finite(settings, clip, dtype):
+    """Every combination of values at once, with both signs of the advantage; and masked tokens beside them."""
+    values = itertools.product(HOSTILE[:-1], HOSTILE, HOSTILE, [1.0, -1.0])
+    student, old, teacher, advantages = (
+        torch.tensor(column, dtype=dtype)[None] for column in zip(*values, strict=True)
+    )
+    logps = torch.stack([student[0], student[0].where(student[0] != 0, math.nan)]).requires_grad_()
+    mask = torch.ones_like(logps)
+    mask[1] = 0
+    old, teacher, advantages = (tensor.expand(2, -1) for tensor in (old, teacher, advantages))
+    output = trrd_loss(logps, old, teacher, advantages, mask, log_ratio_clip=clip, **settings)
+    output.loss.sum().backward()
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite().all()
+    assert logps.grad.isfinite().all()
+    assert not output.loss[1].any()
+    assert not logps.grad[1].any()
 
 
 # ---- KDRL

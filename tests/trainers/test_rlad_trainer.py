@@ -78,11 +78,12 @@ def test_kdrl_without_a_coefficient_is_grpo(path, teacher_path, tmp_path):
     train_and_compare(ours, make_trainer(path, tmp_path, None, GRPOConfig, GRPOTrainer))
 
 
-@pytest.mark.parametrize("distillation", ["trrd", "kdrl"])
-def test_loss_of_the_objective(path, teacher_path, tmp_path, distillation):
-    trainer = make_trainer(
-        path, tmp_path, teacher_path, distillation=distillation, kdrl_coef=0.3, temperature=0.7, epsilon_high=0.28
-    )
+@pytest.mark.parametrize("region", ["ppo_clip", "spo"])
+@pytest.mark.parametrize("distillation", ["trrd", "kdrl", "trrd_and_kdrl"])
+def test_loss_of_the_objective(path, teacher_path, tmp_path, distillation, region):
+    settings = {"distillation": distillation, "trust_region": region, "temperature": 0.7, "kdrl_coef": 0.3}
+    settings |= {"trust_region_radius": 0.3} if region == "spo" else {"epsilon_high": 0.28}
+    trainer = make_trainer(path, tmp_path, teacher_path, **settings)
     batch = rollout_batch(trainer)
     noise = torch.randn(batch["completion_ids"].shape, generator=torch.Generator().manual_seed(0))
     batch["old_per_token_logps"] = batch["old_per_token_logps"] + 0.3 * noise
@@ -92,11 +93,14 @@ def test_loss_of_the_objective(path, teacher_path, tmp_path, distillation):
     teacher = sampled(full_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7), batch)
     old, advantages, mask = batch["old_per_token_logps"], batch["advantages"][:, None], batch["completion_mask"]
     log_ratio = student - old
-    if distillation == "trrd":
+    if "trrd" in distillation:
         log_ratio = 0.5 * log_ratio + 0.5 * (student - teacher).clamp(-1, 1)
     ratio = log_ratio.exp()
-    expected = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-    if distillation == "kdrl":
+    if region == "spo":
+        expected = advantages.abs() * (ratio - 1) ** 2 / 0.6 - ratio * advantages
+    else:
+        expected = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    if "kdrl" in distillation:
         expected = expected + 0.3 * 0.5 * (teacher - student) ** 2
     torch.testing.assert_close(loss.detach(), (expected * mask).sum() / mask.sum(), rtol=1e-4, atol=1e-5)
 
@@ -107,6 +111,20 @@ def test_kdrl_coefficient_is_annealed(path, teacher_path, tmp_path):
     trainer.train()
     coefficients = [log["kdrl/coef"] for log in trainer.state.log_history[:-1]]
     assert coefficients == pytest.approx([5e-3, 3e-3, 1.5e-3, 1.5e-3])
+
+
+def test_mixture_alpha_goes_linearly_to_its_end(path, teacher_path, tmp_path):
+    settings = {"teacher_mixture_alpha": 0.4, "teacher_mixture_alpha_end": 1.0}
+    trainer = make_trainer(path, tmp_path, teacher_path, **settings)
+    trainer.train()
+    alphas = [log["teacher/mixture_alpha"] for log in trainer.state.log_history[:-1]]
+    assert alphas == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    # which is what the loss takes: GRPO's at the end
+    batch = rollout_batch(trainer)
+    trainer.state.global_step = 3
+    loss = trainer.compute_loss(trainer.model, batch)
+    trainer.args.teacher_mixture_alpha, trainer.args.teacher_mixture_alpha_end = 1.0, None
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), loss)
 
 
 @pytest.mark.parametrize("mask", ["none", "response", "group"])
@@ -358,6 +376,7 @@ def test_a_plain_grpo_config_has_the_defaults(path, teacher_path, tmp_path):
 TEACHER_METRICS = {"teacher/log_ratio", "teacher/log_ratio_abs"}
 TRRD_METRICS = TEACHER_METRICS | {"teacher/veto_positive", "teacher/veto_negative", "teacher/clamped"}
 KDRL_METRICS = TEACHER_METRICS | {"teacher/penalty", "kdrl/coef"}
+REGION_METRICS = {f"outside_region/{sign}" for sign in ("positive", "negative")} | {"regularizer"}
 
 
 @pytest.mark.parametrize(
@@ -368,14 +387,20 @@ KDRL_METRICS = TEACHER_METRICS | {"teacher/penalty", "kdrl/coef"}
         ({"teacher_log_ratio_clip": None, "num_iterations": 1}, TRRD_METRICS - {"teacher/clamped"}),
         ({"distillation": "kdrl", "num_iterations": 1}, KDRL_METRICS),
         ({"distillation": "kdrl", "kdrl_mask": "group", "num_iterations": 1}, KDRL_METRICS | {"kdrl/distilled"}),
+        ({"distillation": "trrd_and_kdrl", "num_iterations": 1}, TRRD_METRICS | KDRL_METRICS),
+        (
+            {"trust_region": "drpo", "num_iterations": 1},
+            TEACHER_METRICS | REGION_METRICS | {"teacher/clamped"},
+        ),
     ],
 )
 def test_metrics(path, teacher_path, tmp_path, settings, expected):
     trainer = make_trainer(path, tmp_path, teacher_path, **settings)
     trainer.train()
     logs = trainer.state.log_history[:-1]
+    prefixes = ("teacher/", "policy_drift", "kdrl/", "clip_ratio/", "outside_region", "regularizer")
     for log in logs:
-        assert {n for n in log if n.startswith(("teacher/", "policy_drift", "kdrl/", "clip_ratio/"))} == expected
+        assert {n for n in log if n.startswith(prefixes)} == expected
     # the student's own samples: the mean log-ratio estimates the KL divergence, which is positive for other models
     assert all(log["teacher/log_ratio_abs"] >= log["teacher/log_ratio"] > 0 for log in logs)
 
@@ -383,13 +408,15 @@ def test_metrics(path, teacher_path, tmp_path, settings, expected):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher_mixture_alpha": 1.5}, "set it between 0"),
-        ({"teacher_mixture_alpha": -0.1}, "set it between 0"),
-        ({"teacher_log_ratio_clip": 0.0}, "set a positive number"),
+        ({"teacher_mixture_alpha": 1.5}, r"must be from 0 \(the teacher alone\) to 1"),
+        ({"teacher_mixture_alpha": -0.1}, "must be from 0"),
+        ({"teacher_mixture_alpha_end": 1.5}, "teacher_mixture_alpha_end=1.5 must be"),
+        ({"teacher_log_ratio_clip": 0.0}, "must be a positive number of nats, or None"),
+        ({"trust_region": "kl"}, "set it to one of 'drpo', 'spo'"),
         ({"distillation": "kd"}, "one of 'trrd', 'kdrl'"),
         ({"kdrl_estimator": "k1"}, "one of 'k2', 'k3'"),
         ({"kdrl_mask": "all"}, "one of 'none', 'response', 'group'"),
-        ({"kdrl_coef": -1.0}, "set it to 0 or more"),
+        ({"kdrl_coef": -1.0}, "must be 0 or more"),
         ({"loss_type": "sapo"}, "set it to one of 'grpo'"),
         ({"importance_sampling_level": "sequence"}, "set it to 'token'"),
     ],

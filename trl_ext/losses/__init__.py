@@ -3,7 +3,7 @@
 from trl_ext.losses.drpo import dppo_loss, drpo_loss, spo_loss
 from trl_ext.losses.erpd import outcomes_of, reward_cross_entropy_loss, reward_regression_loss, sapo_loss
 from trl_ext.losses.ppo_clip import ppo_clip_loss
-from trl_ext.losses.rlad import kdrl_penalty, trrd_loss
+from trl_ext.losses.rlad import DISTILLATIONS, kdrl_penalty, trrd_loss
 from trl_ext.losses.signal import normalize_signal, token_signal
 from trl_ext.losses.token_loss import TokenLoss
 from trl_ext.losses.tropd import (
@@ -18,6 +18,7 @@ from trl_ext.losses.tropd import (
 
 
 __all__ = [
+    "DISTILLATIONS",
     "OUTLIER_LOSSES",
     "TokenLoss",
     "dppo_loss",

@@ -1,17 +1,32 @@
 r"""
-Policy losses with a teacher in them: in the ratio itself (RLAD's TRRD), or beside it (KDRL).
+Policy losses with a teacher in them: in the ratio itself (RLAD's TRRD), or beside it (KDRL's penalty).
 
 Notation, per sampled token of the student's rollouts, all in nats: \\( S = \log \pi_\mathrm{student} \\) (current,
 differentiable), \\( O = \log \pi_\mathrm{old} \\) and \\( T = \log \pi_\mathrm{teacher} \\) (constants);
 \\( A \\) advantage.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 
-from trl_ext.losses.ppo_clip import clipped_surrogate
+from trl_ext.losses.ppo_clip import ppo_clip_loss
 from trl_ext.losses.token_loss import MAX_LOG_RATIO, Metrics, TokenLoss, at_least_float32, known_or_current, masked
+
+
+class DistillationTerms(NamedTuple):
+    """The places where a teacher enters a policy loss."""
+
+    mixture: bool  # in the ratio: TRRD
+    penalty: bool  # beside the policy loss: KDRL
+
+
+DISTILLATIONS = {
+    "trrd": DistillationTerms(mixture=True, penalty=False),
+    "kdrl": DistillationTerms(mixture=False, penalty=True),
+    "trrd_and_kdrl": DistillationTerms(mixture=True, penalty=True),
+}
 
 
 def trrd_loss(
@@ -23,9 +38,9 @@ def trrd_loss(
     *,
     alpha: float = 0.5,
     log_ratio_clip: float | None = 1.0,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    ratio_cap: float | None = None,
+    clip_passes_gradient: bool = False,
+    reweighs: bool = True,
+    region: Callable[..., TokenLoss] = ppo_clip_loss,
 ) -> TokenLoss:
     r"""
     Trust Region Ratio Distillation, Eq. 3-5 of [arXiv 2602.22495](https://huggingface.co/papers/2602.22495):
@@ -33,10 +48,19 @@ def trrd_loss(
     $$ \log r = \alpha (S - O) + (1 - \alpha)\, \mathrm{clamp}(S - T, -c, c), \qquad
     L = -\min\left( r A,\; \mathrm{clip}(r, 1 - \epsilon_\mathrm{low}, 1 + \epsilon_\mathrm{high}) A \right) $$
 
-    The ratio is against the geometric mixture \\( \pi_\mathrm{old}^\alpha \pi_\mathrm{teacher}^{1 - \alpha} \\), per
-    token and not normalised over the vocabulary, and takes the place of GRPO's. With \\( \alpha = 1 \\) it is GRPO's.
-    Beyond the clamp (Appendix B) the gradient comes from \\( S - O \\) alone; the paper does not say whether gradient
-    passes the clamp, and this is its literal reading.
+    The ratio is against the geometric mixture \\( m = \pi_\mathrm{old}^\alpha \pi_\mathrm{teacher}^{1 - \alpha} \\),
+    per token and not normalised over the vocabulary, and takes the place of GRPO's. With \\( \alpha = 1 \\) it is
+    GRPO's. Beyond the clamp (Appendix B) the gradient comes from \\( S - O \\) alone; the paper does not say whether
+    gradient passes the clamp, and this is its literal reading.
+
+    `region` puts another trust region around the same mixture (ours, not the paper's). DRPO's, with radius
+    \\( \delta \\),
+
+    $$ L = -\left( r A - \frac{|A|}{2 \delta} m (r - 1)^2 \right), \qquad
+    \nabla L = -r A \left( 1 - \mathrm{sign}(A) \frac{\pi - m}{\delta} \right) \nabla \log r $$
+
+    pulls toward the teacher where the clip only stops: a token of positive advantage that the teacher finds likelier
+    is raised faster, one that the teacher finds less likely is pulled back beyond the radius.
 
     A token whose `teacher_logps` is not finite is one that the teacher has no opinion of: its ratio is GRPO's.
 
@@ -55,12 +79,15 @@ def trrd_loss(
             \\( \alpha \\) in [0, 1], the old student's exponent in the mixture.
         log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             \\( c \\) in nats, `None` for no clamp.
-        epsilon_low (`float`, defaults to `0.2`):
-            Clip range below ratio 1.
-        epsilon_high (`float`, defaults to `0.2`):
-            Clip range above ratio 1.
-        ratio_cap (`float`, *optional*):
-            Upper bound of the unclipped ratio, `GRPOConfig.delta` in TRL.
+        clip_passes_gradient (`bool`, defaults to `False`):
+            Whether \\( \nabla \log r = \nabla S \\) beyond the clamp too, instead of \\( \alpha \nabla S \\).
+        reweighs (`bool`, defaults to `True`):
+            `False` multiplies the loss with the constant \\( \frac{\pi / \pi_\mathrm{old}}{r} \\), so that every
+            gradient has GRPO's importance weight \\( \pi / \pi_\mathrm{old} \\) in place of \\( r \\), and the mixture
+            decides only what the region stops. With \\( r \\), a token of the first update that the teacher likes
+            better has the weight \\( (\pi / \pi_\mathrm{teacher})^{1 - \alpha} < 1 \\).
+        region (`Callable`, defaults to `ppo_clip_loss`):
+            The loss of the trust region, called with `(logps, m, advantages, mask)`; \\( m \\) in nats.
     """
     mask = mask.bool()
     logps = at_least_float32(logps)
@@ -68,17 +95,27 @@ def trrd_loss(
     drift = masked(logps - known_or_current(old_logps, logps), mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     teacher_log_ratio = masked(logps - known_or_current(teacher_logps, logps), mask)
     bound = MAX_LOG_RATIO if log_ratio_clip is None else log_ratio_clip
-    mixture = alpha * drift + (1 - alpha) * teacher_log_ratio.clamp(-bound, bound)
-    ratio = torch.where(neutral, drift, mixture).exp()
+    gap = teacher_log_ratio.clamp(-bound, bound)
+    if clip_passes_gradient:
+        gap = gap.detach() + masked(logps - logps.detach(), mask & logps.isfinite())
+    log_ratio = torch.where(neutral, drift, alpha * drift + (1 - alpha) * gap)
 
-    advantages = at_least_float32(advantages).detach().expand_as(ratio)
-    surrogate, low, high = clipped_surrogate(ratio, advantages, mask, epsilon_low, epsilon_high, ratio_cap)
+    # The mixture as it stands to the current policy; the gradient is that of the log-ratio, beyond the clamp too
+    current = logps.detach().clamp(min=torch.finfo(logps.dtype).min)
+    token_loss = region(current + (log_ratio - log_ratio.detach()), current - log_ratio.detach(), advantages, mask)
+    if not reweighs:
+        token_loss.loss = token_loss.loss * (drift - log_ratio).detach().exp()
+
     metrics = teacher_metrics(teacher_log_ratio, neutral)
-    metrics["teacher/veto_positive"], metrics["teacher/veto_negative"] = high, low
+    # What would be the clip fraction in GRPO
+    for clip, veto in (("high", "positive"), ("low", "negative")):
+        if (share := token_loss.metrics.get(f"clip_ratio/{clip}_mean")) is not None:
+            metrics[f"teacher/veto_{veto}"] = share
+    metrics |= {name: values for name, values in token_loss.metrics.items() if not name.startswith("clip_ratio/")}
     metrics["policy_drift"], metrics["policy_drift_abs"] = drift.detach(), drift.detach().abs()
     if log_ratio_clip is not None:
-        metrics["teacher/clamped"] = (teacher_log_ratio.detach().abs() > log_ratio_clip).to(ratio.dtype)
-    return TokenLoss(surrogate, metrics)
+        metrics["teacher/clamped"] = (teacher_log_ratio.detach().abs() > log_ratio_clip).to(drift.dtype)
+    return TokenLoss(token_loss.loss, metrics)
 
 
 def kdrl_penalty(

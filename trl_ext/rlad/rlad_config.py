@@ -1,11 +1,21 @@
 """Settings of [`RLADTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
 from trl_ext.arguments import check_policy_loss_args, check_types
+from trl_ext.losses import DISTILLATIONS
+from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region
+
+
+CHOICES = {
+    "distillation": tuple(DISTILLATIONS),
+    "kdrl_estimator": ("k2", "k3"),
+    "kdrl_mask": ("none", "response", "group"),
+}
 
 
 @dataclass
@@ -27,22 +37,34 @@ class RLADConfig(GRPOConfig):
             Seconds to wait for that server at the start, and for each of its answers.
         distillation (`str`, *optional*, defaults to `"trrd"`):
             `"trrd"`: the teacher enters the ratio (RLAD). `"kdrl"`: GRPO plus a penalty on the distance to the
-            teacher.
+            teacher. `"trrd_and_kdrl"`: both.
+        trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
+            What bounds the ratio: `"ppo_clip"` (the paper's, with `epsilon`, `epsilon_high` and `delta`), or one of
+            DRPO's `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"`.
+        trust_region_radius (`float`, *optional*):
+            Radius of the latter; `None` takes the default that [`DRPOConfig`] lists.
         teacher_mixture_alpha (`float`, *optional*, defaults to `0.5`):
-            For `"trrd"`: the old student's exponent in the mixture of old student and teacher. 1 is GRPO, 0 is
+            With `"trrd"`: the old student's exponent in the mixture of old student and teacher. 1 is GRPO, 0 is
             anchored to the teacher alone.
+        teacher_mixture_alpha_end (`float`, *optional*):
+            With `"trrd"`: what `teacher_mixture_alpha` becomes, linearly, by the last step. `None`: it is constant.
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
-            For `"trrd"`: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
+            With `"trrd"`: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
+        teacher_clip_passes_gradient (`bool`, *optional*, defaults to `False`):
+            With `"trrd"`: whether the gradient of the log-ratio is the full one beyond that bound too.
+        teacher_reweighs (`bool`, *optional*, defaults to `True`):
+            With `"trrd"`: whether the ratio to the mixture weighs the gradient, as in the paper. `False`: the ratio to
+            the old policy does, and the mixture only decides what the trust region stops.
         kdrl_coef (`float`, *optional*, defaults to `2e-3`):
-            For `"kdrl"`: coefficient of the penalty at the first step.
+            With `"kdrl"`: coefficient of the penalty at the first step.
         kdrl_coef_decay (`float`, *optional*, defaults to `0.0`):
-            For `"kdrl"`: what the coefficient loses each optimizer step.
+            With `"kdrl"`: what the coefficient loses each optimizer step.
         kdrl_coef_min (`float`, *optional*, defaults to `0.0`):
-            For `"kdrl"`: where that ends.
+            With `"kdrl"`: where that ends.
         kdrl_estimator (`str`, *optional*, defaults to `"k2"`):
-            For `"kdrl"`: estimator of the KL divergence, `"k2"` or `"k3"`.
+            With `"kdrl"`: estimator of the KL divergence, `"k2"` or `"k3"`.
         kdrl_mask (`str`, *optional*, defaults to `"none"`):
-            For `"kdrl"`: `"response"` drops the penalty on correct responses, `"group"` on groups that hold one.
+            With `"kdrl"`: `"response"` drops the penalty on correct responses, `"group"` on groups that hold one.
         kdrl_correct_reward (`float`, *optional*, defaults to `1.0`):
             For `kdrl_mask`: a response is correct whose (weighted, summed) reward is at least this.
     """
@@ -68,33 +90,59 @@ class RLADConfig(GRPOConfig):
         default="trrd",
         metadata={
             "help": "'trrd': the teacher enters the policy ratio (RLAD). 'kdrl': GRPO plus a penalty on the distance "
-            "to the teacher.",
-            "choices": ["trrd", "kdrl"],
+            "to the teacher. 'trrd_and_kdrl': both.",
+            "choices": list(CHOICES["distillation"]),
         },
+    )
+    trust_region: str = field(
+        default="ppo_clip",
+        metadata={
+            "help": "What bounds the policy ratio: the paper's clip, or a region of DRPO's.",
+            "choices": list(TRUST_REGIONS),
+        },
+    )
+    trust_region_radius: float | None = field(
+        default=None, metadata={"help": "Radius of the trust region. None takes the region's default."}
     )
     teacher_mixture_alpha: float = field(
         default=0.5,
-        metadata={"help": "For 'trrd': exponent of the old student in its mixture with the teacher; 1 is GRPO."},
+        metadata={"help": "With 'trrd': exponent of the old student in its mixture with the teacher; 1 is GRPO."},
+    )
+    teacher_mixture_alpha_end: float | None = field(
+        default=None,
+        metadata={"help": "With 'trrd': what teacher_mixture_alpha becomes, linearly, by the last step."},
     )
     teacher_log_ratio_clip: float | None = field(
         default=1.0,
-        metadata={"help": "For 'trrd': bound of the log-ratio of student to teacher, in nats. None for no bound."},
+        metadata={"help": "With 'trrd': bound of the log-ratio of student to teacher, in nats. None for no bound."},
+    )
+    teacher_clip_passes_gradient: bool = field(
+        default=False,
+        metadata={"help": "With 'trrd': whether the gradient of the log-ratio is the full one beyond its bound too."},
+    )
+    teacher_reweighs: bool = field(
+        default=True,
+        metadata={
+            "help": "With 'trrd': whether the ratio to the mixture weighs the gradient. False: the ratio to the old "
+            "policy does, and the mixture only decides what the trust region stops."
+        },
     )
     kdrl_coef: float = field(
-        default=2e-3, metadata={"help": "For 'kdrl': coefficient of the penalty at the first step."}
+        default=2e-3, metadata={"help": "With 'kdrl': coefficient of the penalty at the first step."}
     )
     kdrl_coef_decay: float = field(
-        default=0.0, metadata={"help": "For 'kdrl': what the coefficient loses each optimizer step."}
+        default=0.0, metadata={"help": "With 'kdrl': what the coefficient loses each optimizer step."}
     )
-    kdrl_coef_min: float = field(default=0.0, metadata={"help": "For 'kdrl': where the decay ends."})
+    kdrl_coef_min: float = field(default=0.0, metadata={"help": "With 'kdrl': where the decay ends."})
     kdrl_estimator: str = field(
-        default="k2", metadata={"help": "For 'kdrl': estimator of the KL divergence.", "choices": ["k2", "k3"]}
+        default="k2",
+        metadata={"help": "With 'kdrl': estimator of the KL divergence.", "choices": list(CHOICES["kdrl_estimator"])},
     )
     kdrl_mask: str = field(
         default="none",
         metadata={
-            "help": "For 'kdrl': 'response' drops the penalty on correct responses, 'group' on groups that hold one.",
-            "choices": ["none", "response", "group"],
+            "help": "With 'kdrl': 'response' drops the penalty on correct responses, 'group' on groups that hold one.",
+            "choices": list(CHOICES["kdrl_mask"]),
         },
     )
     kdrl_correct_reward: float = field(
@@ -108,27 +156,24 @@ class RLADConfig(GRPOConfig):
 
 
 def check_rlad_args(args: GRPOConfig, owner: str) -> None:
-    """Raises a `ValueError`, in one sentence with the mend, for settings that RLAD cannot honour."""
+    """Raises a `ValueError`, in one sentence that says how to fix it, for settings that RLAD cannot honour."""
     check_policy_loss_args(args, owner)
-    for name, choices in (
-        ("distillation", ("trrd", "kdrl")),
-        ("kdrl_estimator", ("k2", "k3")),
-        ("kdrl_mask", ("none", "response", "group")),
-    ):
+    check_trust_region(args)
+    for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise ValueError(
                 f"{name}={getattr(args, name)!r} is unknown: set it to one of {', '.join(map(repr, choices))}."
             )
-    if not 0 <= args.teacher_mixture_alpha <= 1:
+    for name in ("teacher_mixture_alpha", "teacher_mixture_alpha_end"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must be from 0 (the teacher alone) to 1 (GRPO): change it.")
+    clip = args.teacher_log_ratio_clip
+    if clip is not None and not clip > 0:
         raise ValueError(
-            f"teacher_mixture_alpha={args.teacher_mixture_alpha} is no share of a mixture: set it between 0 (the "
-            "teacher alone) and 1 (GRPO)."
-        )
-    if args.teacher_log_ratio_clip is not None and not args.teacher_log_ratio_clip > 0:
-        raise ValueError(
-            f"teacher_log_ratio_clip={args.teacher_log_ratio_clip} leaves nothing of the teacher: set a positive "
-            "number of nats, or None for no bound."
+            f"teacher_log_ratio_clip={clip} must be a positive number of nats, or None for no bound: change it."
         )
     for name in ("kdrl_coef", "kdrl_coef_decay", "kdrl_coef_min"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"{name}={getattr(args, name)} would push the student away: set it to 0 or more.")
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be 0 or more and finite: a negative one pushes the student away.")

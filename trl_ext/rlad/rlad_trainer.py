@@ -1,6 +1,7 @@
 """RL-aware distillation."""
 
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,11 @@ from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from trl_ext.arguments import with_keyword
-from trl_ext.losses import TokenLoss, kdrl_penalty, ppo_clip_loss, trrd_loss
+from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_penalty, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args
 from trl_ext.teacher import Teacher, make_teacher
+from trl_ext.trust_regions import trust_region_loss
 
 
 if TYPE_CHECKING:
@@ -103,39 +105,51 @@ class RLADTrainer(PolicyLossTrainer):
         inputs: dict[str, Any],
     ) -> TokenLoss:
         args, teacher_logps = self.args, inputs["teacher_per_token_logps"]
+        terms, region = DISTILLATIONS[args.distillation], partial(trust_region_loss, args)
         on_policy = behaviour_logps is None
         behaviour_logps = per_token_logps if behaviour_logps is None else behaviour_logps
-        clip: dict[str, Any] = {
-            "epsilon_low": self.epsilon_low,
-            "epsilon_high": self.epsilon_high,
-            "ratio_cap": args.delta,
-        }
-        if args.distillation == "trrd":
+        if terms.mixture:
+            alpha = self.teacher_mixture_alpha
             token_loss = trrd_loss(
                 per_token_logps,
                 behaviour_logps,
                 teacher_logps,
                 advantages,
                 mask,
-                alpha=args.teacher_mixture_alpha,
+                alpha=alpha,
                 log_ratio_clip=args.teacher_log_ratio_clip,
-                **clip,
+                clip_passes_gradient=args.teacher_clip_passes_gradient,
+                reweighs=args.teacher_reweighs,
+                region=region,
             )
+            if args.teacher_mixture_alpha_end is not None:
+                token_loss.metrics["teacher/mixture_alpha"] = torch.full((len(mask),), alpha, device=mask.device)
+            constant: tuple[str, ...] = ("policy_drift",) if on_policy else ()
         else:
-            token_loss = ppo_clip_loss(per_token_logps, behaviour_logps, advantages, mask, **clip)
+            token_loss = region(per_token_logps, behaviour_logps, advantages, mask)
+            constant = tuple(token_loss.metrics) if on_policy else ()
+        if terms.penalty:
             penalty = kdrl_penalty(per_token_logps, teacher_logps, mask, estimator=args.kdrl_estimator)
             coefficient = max(args.kdrl_coef - self.state.global_step * args.kdrl_coef_decay, args.kdrl_coef_min)
             token_loss.loss = token_loss.loss + coefficient * inputs["distilled"] * penalty.loss
-            token_loss.metrics |= penalty.metrics
+            token_loss.metrics = penalty.metrics | token_loss.metrics
             token_loss.metrics["kdrl/coef"] = torch.full((len(mask),), coefficient, device=mask.device)
             if args.kdrl_mask != "none":
                 token_loss.metrics["kdrl/distilled"] = inputs["distilled"].expand(mask.shape)
-        # What can be nothing but 0 is not logged: the drift on policy, silence of a teacher that is never silent
-        constant: tuple[str, ...] = ("policy_drift", "clip_ratio") if on_policy else ()
+        # What can only be 0 or 1 is not logged: the drift on policy, the silence of a teacher that is never silent
         if not self._foreign_ends and self.teacher.scores_every_token:
             constant += ("teacher/neutral",)
         token_loss.metrics = {n: values for n, values in token_loss.metrics.items() if not n.startswith(constant)}
         return token_loss
+
+    @property
+    def teacher_mixture_alpha(self) -> float:
+        """The old student's exponent in the mixture at this step."""
+        start, end = self.args.teacher_mixture_alpha, self.args.teacher_mixture_alpha_end
+        if end is None:
+            return start
+        progress = self.state.global_step / max(self.state.max_steps - 1, 1)
+        return start + (end - start) * min(progress, 1.0)
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -144,7 +158,7 @@ class RLADTrainer(PolicyLossTrainer):
             foreign = torch.isin(batch["completion_ids"], batch["completion_ids"].new_tensor(self._foreign_ends))
             logps = logps.masked_fill(foreign, float("nan"))
         batch["teacher_per_token_logps"] = logps
-        if self.args.distillation == "kdrl":
+        if DISTILLATIONS[self.args.distillation].penalty:
             batch["distilled"] = self._distilled(len(logps)).to(logps)
         return batch
 
