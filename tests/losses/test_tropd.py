@@ -9,7 +9,10 @@ from trl_ext.losses import (
     OUTLIER_LOSSES,
     eopd_loss,
     forward_kl_top_k,
+    guidance_loss,
     least_of_top_share,
+    longest_prefix,
+    off_policy_loss,
     opd_loss,
     reopold_loss,
     tropd_loss,
@@ -280,6 +283,48 @@ def test_reopold_by_hand():
     entropy = torch.tensor([[0.1, 0.9, 0.3, 0.5, nan]])
     second = reopold_loss(*arguments, mask, uncertain=entropy >= least_of_top_share(entropy, 0.5))
     torch.testing.assert_close(second.loss, expected * torch.tensor([[0, 1, 0, 1, 0]]))
+
+
+def test_guidance_schedules():
+    # Eq. 8: L(s) = 100 (1 + cos(pi s / 10)) / 2 for s = 0, 2.5, 5, 10
+    assert [longest_prefix(s, 20, 100, "cosine") for s in (0, 5, 10, 20)] == [100, 85, 50, 0]
+    assert [longest_prefix(s, 20, 100, "linear") for s in (0, 5, 10, 20)] == [100, 75, 50, 0]
+    assert [longest_prefix(s, 20, 100, "constant") for s in (0, 20)] == [100, 100]
+    assert longest_prefix(30, 20, 100) == 0  # a run that goes on beyond its end
+
+
+def test_guidance_by_hand():
+    # -0.1 log 0.5 with the gradient -0.1, on the teacher's token alone
+    logps = logs(0.5, 0.2).requires_grad_()
+    loss = guidance_loss(logps, torch.tensor([[1, 0]]), coef=0.1).loss
+    torch.testing.assert_close(loss, torch.tensor([[0.1 * math.log(2), 0]], dtype=torch.float64))
+    loss.sum().backward()
+    assert logps.grad.tolist() == [[-0.1, 0]]
+
+
+def test_off_policy_by_hand():
+    # 0.6 log(0.6 / 0.5) + 0.3 log(0.3 / 0.1), with the gradients -0.6 and -0.3, on the first token alone
+    columns = torch.stack([logs(0.5, 0.2), logs(0.1, 0.2)], dim=-1).requires_grad_()
+    teacher = torch.stack([logs(0.6, 0.4), logs(0.3, 0.1)], dim=-1)
+    token_loss = off_policy_loss(columns, teacher, torch.tensor([[1, 0]]))
+    expected = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.1)
+    torch.testing.assert_close(token_loss.loss, torch.tensor([[expected, 0]], dtype=torch.float64))
+    torch.testing.assert_close(token_loss.metrics["off_policy/forward_kl"], token_loss.loss)
+    token_loss.loss.sum().backward()
+    torch.testing.assert_close(columns.grad[0], torch.tensor([[-0.6, -0.3], [0, 0]], dtype=torch.float64))
+
+
+def test_terms_of_others_tokens_with_hostile_values():
+    infinity, nan = float("inf"), float("nan")
+    columns = torch.tensor([[[-1.0, -300.0], [-1.0, -2.0], [nan, -infinity]]], requires_grad=True)
+    teacher = torch.tensor([[[-0.1, -infinity], [-0.1, nan], [nan, nan]]])
+    mask = torch.tensor([[1, 1, 0]])
+    loss = off_policy_loss(columns, teacher, mask).loss + guidance_loss(columns[..., 0], mask).loss
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert loss[0, 2] == 0
+    assert columns.grad.isfinite().all()
+    assert (columns.grad[0, 2] == 0).all()
 
 
 def every_loss():

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from trl.experimental.utils import DataCollatorForChatML
 from tropd_runs import gradient, hash_rollouts, hashed_completion, make_trainer, micro_batches, sums
 
-from trl_ext.tropd.guidance import longest_prefix, prefix_lengths
 from trl_ext.tropd.prompts import PromptCollator, unpad
+from trl_ext.tropd.rollouts import prefix_lengths
 
 
 def ids(text):
@@ -132,13 +132,6 @@ def test_gkds_own_collator_can_be_passed(tmp_path):
 
 
 # Guidance
-
-
-def test_schedules():
-    # L(s) = 100 (1 + cos(pi s / 10)) / 2 at s = 0, 2.5, 5, 10
-    assert [longest_prefix(s, 20, 100, "cosine") for s in (0, 5, 10, 20)] == [100, 85, 50, 0]
-    assert [longest_prefix(s, 20, 100, "linear") for s in (0, 5, 10, 20)] == [100, 75, 50, 0]
-    assert [longest_prefix(s, 20, 100, "constant") for s in (0, 20)] == [100, 100]
 
 
 def test_prefix_lengths():

@@ -23,8 +23,18 @@ from tropd_runs import (
 )
 
 from trl_ext import TrOPDConfig, TrOPDTrainer, next_token
-from trl_ext.losses import eopd_loss, forward_kl_top_k, least_of_top_share, reopold_loss, tropd_loss
+from trl_ext.losses import (
+    TokenLoss,
+    eopd_loss,
+    forward_kl_top_k,
+    least_of_top_share,
+    opd_loss,
+    reopold_loss,
+    tropd_loss,
+)
+from trl_ext.tropd.objective import OBJECTIVES, Objective
 from trl_ext.tropd.prompts import PromptCollator
+from trl_ext.tropd.tropd_config import settings_without_effect
 
 
 @pytest.mark.parametrize("objective", ["tropd", "opd", "eopd", "reopold"])
@@ -746,6 +756,30 @@ def test_settings_without_an_effect_bring_one_warning(tmp_path, caplog, override
     warnings = [record.message for record in caplog.records if "has no effect" in record.message]
     assert len(warnings) == (warned is not None)
     assert warned is None or warned in warnings[0]
+
+
+def test_an_objective_of_your_own_is_one_row(tmp_path, monkeypatch):
+    """Its settings and tensors reach the loss, and the settings of other objectives are known to have no effect."""
+    seen = []
+
+    def half_loss(logps, teacher_logps, mask, *, floor, teacher_entropy, top_k_logps, teacher_top_k_logps):
+        seen.append((floor, top_k_logps.shape[-1], teacher_top_k_logps.shape[-1], teacher_entropy.shape == mask.shape))
+        return TokenLoss(0.5 * opd_loss(logps, teacher_logps, mask).loss)
+
+    row = Objective(half_loss, "half", {"reopold_floor": "floor"}, ("teacher_entropy",), top_k="eopd_top_k")
+    monkeypatch.setitem(OBJECTIVES, "half", row)
+    losses = []
+    for objective in ("half", "opd"):
+        trainer = make_trainer(tmp_path, objective=objective, eopd_top_k=5, reopold_floor=-0.5)
+        hash_rollouts(trainer)
+        losses.append(gradient(trainer, micro_batches(trainer, 8, 8))[0])
+        unused = set(settings_without_effect(trainer.args))
+        assert unused >= {"eopd_entropy_threshold", "reopold_switch_step", "trust_region", "outlier_top_k"}
+        assert unused & {"eopd_top_k", "reopold_floor"} == (
+            {"eopd_top_k", "reopold_floor"} if objective == "opd" else set()
+        )
+    assert seen == [(-0.5, 5, 5, True)]
+    assert losses[0] == 0.5 * losses[1]
 
 
 def test_a_teacher_by_path_is_loaded_with_its_init_kwargs(tmp_path):

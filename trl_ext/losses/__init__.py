@@ -7,10 +7,14 @@ from trl_ext.losses.rlad import DISTILLATIONS, kdrl_penalty, trrd_loss
 from trl_ext.losses.signal import normalize_signal, token_signal
 from trl_ext.losses.token_loss import TokenLoss
 from trl_ext.losses.tropd import (
+    GUIDANCE_SCHEDULES,
     OUTLIER_LOSSES,
     eopd_loss,
     forward_kl_top_k,
+    guidance_loss,
     least_of_top_share,
+    longest_prefix,
+    off_policy_loss,
     opd_loss,
     reopold_loss,
     tropd_loss,
@@ -19,15 +23,19 @@ from trl_ext.losses.tropd import (
 
 __all__ = [
     "DISTILLATIONS",
+    "GUIDANCE_SCHEDULES",
     "OUTLIER_LOSSES",
     "TokenLoss",
     "dppo_loss",
     "drpo_loss",
     "eopd_loss",
     "forward_kl_top_k",
+    "guidance_loss",
     "kdrl_penalty",
     "least_of_top_share",
+    "longest_prefix",
     "normalize_signal",
+    "off_policy_loss",
     "opd_loss",
     "outcomes_of",
     "ppo_clip_loss",

@@ -1,18 +1,35 @@
 r"""
 Losses of on-policy distillation: TrOPD, and the baselines OPD, EOPD and REOPOLD.
 
-Notation, per token of the student's own rollouts, all in nats: \\( S = \log \pi_S(x) \\) of the student
-(differentiable), \\( T = \log \pi_T(x) \\) of the teacher (constant), \\( R = T - S \\) the reward (detached),
-\\( V_k \\) the teacher's likeliest tokens.
+Notation, per token of the student's own rollouts, in nats: \\( S = \log \pi_S(x) \\) of the student (differentiable),
+\\( T = \log \pi_T(x) \\) of the teacher (constant), \\( R = T - S \\) the reward (detached), \\( V_k \\) the teacher's
+\\( k \\) most likely tokens.
 
-A token whose \\( T \\) is NaN is one that the teacher has no opinion of: it has no loss.
+The whole objective of TrOPD (Eq. 9 of [arXiv 2606.01249](https://huggingface.co/papers/2606.01249)), as a loss:
+
+$$ L = 1[x \sim \pi_S] \left( M (-R) + (1 - M) \sum_{v \in V_k} \pi_T(v) \log \frac{\pi_T(v)}{\pi_S(v)} \right)
+- 1[x \sim \pi_T]\, \beta_g \log \pi_S(x) $$
+
+Its first part is [`tropd_loss`], its second [`guidance_loss`]; [`longest_prefix`] (Eq. 8) says how many tokens of a
+rollout are the teacher's. [`off_policy_loss`] is GKD's: of completions that are not the student's at all.
+
+A token whose \\( T \\) is NaN is one that the teacher cannot judge: it has no loss.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from trl_ext.losses.token_loss import MAX_LOG_RATIO, Metrics, TokenLoss, at_least_float32, masked
+
+
+# Eq. 8: share of the longest prefix that is left at a share of the run
+GUIDANCE_SCHEDULES = {
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
 
 
 def opd_loss(logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tensor) -> TokenLoss:
@@ -21,13 +38,13 @@ def opd_loss(logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tenso
 
     $$ L = -R, \qquad \nabla L = -R\, \nabla S $$
 
-    In expectation over the student's tokens both are those of \\( \mathrm{KL}(\pi_S \| \pi_T) \\).
+    In expectation over the student's tokens, both are those of \\( \mathrm{KL}(\pi_S \| \pi_T) \\).
 
     Args:
         logps (`torch.Tensor` of shape `(batch, time)`):
             \\( S \\), differentiable.
         teacher_logps (`torch.Tensor` of shape `(batch, time)`):
-            \\( T \\). \\( R \\) is clamped to ±20, which bounds what an impossible token (-inf) weighs.
+            \\( T \\). \\( R \\) is clamped to ±20, which bounds the weight of an impossible token (-inf).
         mask (`torch.Tensor` of shape `(batch, time)`):
             Non-zero for the tokens that the student sampled.
     """
@@ -128,6 +145,56 @@ def tropd_loss(
     return TokenLoss(loss, metrics)
 
 
+def guidance_loss(logps: torch.Tensor, mask: torch.Tensor, *, coef: float = 1e-3) -> TokenLoss:
+    r"""
+    The last term of Eq. 9 of TrOPD, on the tokens of a rollout that the teacher wrote:
+    \\( L = -\beta_g \log \pi_S(x) \\).
+
+    Args:
+        logps (`torch.Tensor` of shape `(batch, time)`):
+            \\( \log \pi_S(x) \\), differentiable.
+        mask (`torch.Tensor` of shape `(batch, time)`):
+            Non-zero for the teacher's tokens.
+        coef (`float`, defaults to `1e-3`):
+            \\( \beta_g \\).
+    """
+    return TokenLoss(-coef * masked(at_least_float32(logps), mask.bool()))
+
+
+def longest_prefix(step: int, max_steps: int, max_length: int, schedule: str = "cosine") -> int:
+    r"""
+    The longest prefix at an optimizer step, in tokens, rounded down: Eq. 8 of TrOPD,
+    \\( L(s) = L_\mathrm{max} (1 + \cos(\pi s / S)) / 2 \\) with `"cosine"`. `"linear"` and `"constant"` are ours:
+    \\( L_\mathrm{max} (1 - s / S) \\) and \\( L_\mathrm{max} \\).
+
+    Args:
+        step (`int`):
+            \\( s \\), the number of optimizer steps taken.
+        max_steps (`int`):
+            \\( S \\), that of the whole run.
+        max_length (`int`):
+            \\( L_\mathrm{max} \\).
+        schedule (`str`, defaults to `"cosine"`):
+            A key of `GUIDANCE_SCHEDULES`.
+    """
+    return int(max_length * GUIDANCE_SCHEDULES[schedule](min(step / max_steps, 1.0)))
+
+
+def off_policy_loss(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor, mask: torch.Tensor) -> TokenLoss:
+    """
+    The forward KL divergence on the teacher's top-k (`forward_kl_top_k`), on tokens of completions that are not the
+    student's: the ratio of a token says nothing where the student did not sample it.
+
+    Args:
+        top_k_logps, teacher_top_k_logps (`torch.Tensor` of shape `(batch, time, k)`):
+            As in `tropd_loss`.
+        mask (`torch.Tensor` of shape `(batch, time)`):
+            Non-zero for those tokens.
+    """
+    forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), mask.bool())
+    return TokenLoss(forward_kl, {"off_policy/forward_kl": forward_kl.detach()})
+
+
 def eopd_loss(
     logps: torch.Tensor,
     teacher_logps: torch.Tensor,
@@ -175,7 +242,7 @@ def reopold_loss(
 ) -> TokenLoss:
     r"""
     Relaxed on-policy distillation, [arXiv 2603.11137](https://huggingface.co/papers/2603.11137): the reward has a
-    floor, and in the second phase only the tokens count of which the student is least certain,
+    floor, and in the second phase only the tokens count about which the student is least certain,
 
     $$ L = -\max(R, c)\; 1[H(\pi_S) \ge Q_{1 - \beta}(H(\pi_S))] $$
 
@@ -185,8 +252,8 @@ def reopold_loss(
         floor (`float`, defaults to `-1.72`):
             \\( c \\) in nats. The sources disagree: -1.72 or -0.85.
         uncertain (`torch.Tensor` of shape `(batch, time)`, *optional*):
-            Bool, for the second phase: the tokens that count, see `least_of_top_share`. `None` for the first, in which
-            all do.
+            Bool, for the second phase: the tokens that count, see `least_of_top_share`. `None` for the first phase, in
+            which all tokens count.
     """
     logps, reward, mask = _reward(logps, teacher_logps, mask)
     metrics = _metrics(reward)
@@ -199,11 +266,11 @@ def reopold_loss(
 
 def least_of_top_share(entropies: torch.Tensor, share: float) -> torch.Tensor:
     r"""
-    \\( Q_{1 - \beta}(H) \\), a scalar: what the entropies of the \\( \beta \\) least certain tokens are not below.
+    \\( Q_{1 - \beta}(H) \\), a scalar: the lowest entropy among the share \\( \beta \\) of the least certain tokens.
 
     Args:
         entropies (`torch.Tensor` of any shape):
-            \\( H \\) in nats, NaN for what is no token.
+            \\( H \\) in nats, NaN for padding.
         share (`float`):
             \\( \beta \\).
     """
@@ -225,17 +292,17 @@ def forward_kl_top_k(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tenso
 def _reward(
     logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """S, R (detached, within ±20, 0 where masked) and the mask without the tokens of which the teacher is silent."""
+    """S, R (detached, within ±20, 0 where masked) and the mask without the tokens that the teacher cannot judge."""
     logps = at_least_float32(logps)
     teacher_logps = at_least_float32(teacher_logps).detach()
     mask = mask.bool() & ~teacher_logps.isnan()
-    # An impossible token of the student's stands at the smallest float, so that inf - inf never happens
+    # The student's -inf becomes the smallest float, so that -inf - -inf never happens
     current = logps.detach().clamp(min=torch.finfo(logps.dtype).min)
     return logps, masked((teacher_logps - current).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), mask), mask
 
 
 def _policy_gradient(reward: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """-R in value, with the gradient -R dS: what reports a divergence and descends it."""
+    """-R in value, with the gradient -R dS: it reports a divergence and descends it."""
     return -reward * (1 + masked(logps - logps.detach(), mask & logps.isfinite()))
 
 

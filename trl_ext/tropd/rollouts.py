@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
-from trl_ext.tropd.guidance import prefix_lengths
-
 
 @dataclass
 class Rollout:
@@ -81,6 +79,32 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
             completion = (written[i][: lengths[i]] + continued[i])[: args.max_new_tokens]
             rollouts.append(Rollout(prompt, completion, guided=lengths[i]))
     return rollouts
+
+
+def prefix_lengths(
+    available: list[int], longest: int, share: float, uniform: bool, generator: torch.Generator
+) -> list[int]:
+    """
+    How many tokens of each rollout come from the teacher.
+
+    Args:
+        available (`list[int]`):
+            How many it wrote for each rollout.
+        longest (`int`):
+            The most that the schedule allows, see [`~trl_ext.losses.longest_prefix`].
+        share (`float`):
+            Share of the rollouts that are guided.
+        uniform (`bool`):
+            Whether each length is drawn uniformly from 0 to the longest possible, or is the longest possible.
+        generator (`torch.Generator`):
+            Of the draws.
+    """
+    draws = torch.rand(len(available), 2, generator=generator).tolist()
+    lengths = []
+    for most, (guided, length) in zip(available, draws, strict=True):
+        most = min(most, longest) if guided < share else 0
+        lengths.append(int(length * (most + 1)) if uniform else most)
+    return lengths
 
 
 def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -1,21 +1,23 @@
 """Settings of [`TrOPDTrainer`]."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl.experimental.gkd import GKDConfig
 
 from trl_ext.arguments import check_types
-from trl_ext.losses import OUTLIER_LOSSES
+from trl_ext.losses import GUIDANCE_SCHEDULES, OUTLIER_LOSSES
+from trl_ext.tropd.objective import OBJECTIVES, unused_settings
 from trl_ext.tropd.vllm_settings import VLLMSettings
 
 
-CHOICES = {
-    "objective": ("tropd", "opd", "eopd", "reopold"),
+CHOICES: dict[str, Collection[str]] = {
+    "objective": OBJECTIVES,
     "trust_region": ("sampled", "expected"),
-    "outlier_loss": tuple(OUTLIER_LOSSES),
+    "outlier_loss": OUTLIER_LOSSES,
     "guidance": ("none", "dataset", "teacher"),
-    "guidance_schedule": ("cosine", "linear", "constant"),
+    "guidance_schedule": GUIDANCE_SCHEDULES,
     "guidance_prefix": ("random", "longest"),
     "vllm_mode": ("colocate", "server"),
 }
@@ -87,7 +89,7 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
     objective: str = field(
         default="tropd",
         metadata={
-            "help": "'tropd', or a baseline: 'opd' (K1 on every token), 'eopd', 'reopold'.",
+            "help": "; ".join(f"{name!r}: {row.summary}" for name, row in OBJECTIVES.items()) + ".",
             "choices": list(CHOICES["objective"]),
         },
     )
@@ -239,32 +241,24 @@ def check_tropd_args(args: Any) -> None:
 
 
 def settings_without_effect(args: Any) -> tuple[str, ...]:
-    """Names of the settings that the values of others make meaningless."""
-    names = [
+    """Names of the settings that the values of others leave without an effect."""
+    names = {
+        "average_tokens_across_devices",
         "beta",
-        "dataset_text_field",
         "completion_only_loss",
+        "dataset_num_proc",
+        "dataset_text_field",
         "eval_packing",
-        "shuffle_dataset",
         "packing_strategy",
-    ]
-    names += ["truncation_mode", "dataset_num_proc", "average_tokens_across_devices"]
-    if args.pad_to_multiple_of is not None:  # which its default, "auto", becomes
-        names.append("pad_to_multiple_of")
-    terms = OUTLIER_LOSSES[args.outlier_loss if args.objective == "tropd" else "mask"]
+        "shuffle_dataset",
+        "truncation_mode",
+    } | unused_settings(args)
+    if args.pad_to_multiple_of is not None:  # the default, "auto", becomes None
+        names.add("pad_to_multiple_of")
     if args.lmbda == 1:
-        names.append("seq_kd")
-    if args.objective != "tropd":
-        names += ["trust_region", "outlier_loss"]
-    if not terms.clip:
-        names += ["outlier_clip_floor", "outlier_clip_coef"]
-    if not terms.forward_kl and args.lmbda == 1:
-        names.append("outlier_top_k")
-    for objective in ("eopd", "reopold"):
-        if args.objective != objective:
-            names += [setting.name for setting in fields(args) if setting.name.startswith(f"{objective}_")]
-    if args.guidance == "none":
-        names += [setting.name for setting in fields(args) if setting.name.startswith("guidance_")]
-    if not args.use_vllm:
-        names += [setting.name for setting in fields(args) if setting.name.startswith("vllm_")]
-    return tuple(names)
+        names.add("seq_kd")
+    prefixes = {"guidance_": args.guidance != "none", "vllm_": args.use_vllm}
+    for prefix, in_use in prefixes.items():
+        if not in_use:
+            names |= {setting.name for setting in fields(args) if setting.name.startswith(prefix)}
+    return tuple(sorted(names))

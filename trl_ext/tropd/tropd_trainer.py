@@ -23,13 +23,12 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, repeat_iterable_dataset
 
 from trl_ext.arguments import as_config, changed_settings, check_processing_class, check_sharded_adapter
-from trl_ext.losses import OUTLIER_LOSSES, least_of_top_share
+from trl_ext.losses import least_of_top_share, longest_prefix
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
 from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
 from trl_ext.teacher import Teacher, make_teacher, text_tokenizer
-from trl_ext.tropd.guidance import longest_prefix
-from trl_ext.tropd.objective import completion_loss, own_mask
+from trl_ext.tropd.objective import completion_loss, objective_of, own_mask, teacher_top_k
 from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
 from trl_ext.tropd.rollouts import collate, roll_out
 from trl_ext.tropd.sampling import RolloutSampler
@@ -187,10 +186,8 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
         self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
         self._foreign_ends = self.teacher.foreign_ends(self.sampler.eos_token_ids)
         student_size = self.model.config.get_text_config().vocab_size
-        forward_kl = (args.objective == "tropd" and OUTLIER_LOSSES[args.outlier_loss].forward_kl) or args.lmbda < 1
-        wanted = args.eopd_top_k if args.objective == "eopd" else 0
         self._vocab_size = student_size
-        self._top_k = min(max(wanted, args.outlier_top_k if forward_kl else 0), student_size)
+        self._top_k = min(teacher_top_k(args), student_size)
         self._forward_redirection = _ForwardRedirection()
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
         self._prompt_batches: list | None = None  # of the optimizer step, until its rollouts are made
@@ -216,7 +213,10 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
         faults = {
             "guidance='teacher'": (args.guidance == "teacher", "set guidance='dataset' with completions of its own"),
             "seq_kd=True": (args.seq_kd and args.lmbda < 1, "set lmbda=1.0"),
-            "objective='eopd'": (args.objective == "eopd", "choose another objective"),
+            f"objective={args.objective!r}": (
+                "teacher_entropy" in objective_of(args).tensors,
+                "choose another objective",
+            ),
         }
         for setting, (at_fault, mend) in faults.items():
             if at_fault:
@@ -280,7 +280,7 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
                 micro_batch |= {"top_k_logps": scores.top_k_logps, "top_k_ids": scores.top_k_ids}
             made.append(micro_batch)
         switch = self.state.max_steps // 2 if self.args.reopold_switch_step is None else self.args.reopold_switch_step
-        if self.args.objective == "reopold" and self.state.global_step >= switch:
+        if "uncertain" in objective_of(self.args).tensors and self.state.global_step >= switch:
             self._find_uncertain(made)
         self._count(made)
         return made
