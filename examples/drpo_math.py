@@ -5,7 +5,7 @@ Without arguments: sums with written-out steps and a tiny policy, made on the sp
 
     accelerate launch examples/drpo_math.py
 
-A model and a data set of your own (a hub name, or a local .jsonl, .json, .csv or .parquet file), here with LoRA:
+Your own model and data set (a hub name, or a local .jsonl, .json, .csv or .parquet file), here with LoRA:
 
     accelerate launch examples/drpo_math.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
@@ -14,28 +14,24 @@ A model and a data set of your own (a hub name, or a local .jsonl, .json, .csv o
         --num_iterations 2 --per_device_train_batch_size 8 --steps_per_generation 4 \
         --max_steps 200 --output_dir drpo_gsm8k
 
-Every setting of DRPOConfig is a flag, and all of them can stand in a file: `--config settings.yaml`.
+Every setting of DRPOConfig is a flag, and all of them can be set in a file: `--config settings.yaml`.
 """
 
-import os
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-from command_line import add_model_init_kwargs, parse_arguments
-from math_problems import load_problems, math_reward
-from report import Run, draw_curves, results_table
-from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
-from embedded.arithmetic_policy import prepare_policy
+from common.command_line import parse_arguments
+from common.console import metrics_line
+from common.report import Panel
+from common.training import own_math_task, report, run
+from embedded import tasks
+from embedded.arithmetic import TOKENS_PER_DIGIT
 from trl_ext import DRPOConfig, DRPOTrainer
 
 
-# For the embedded task; flags and a config file win. A rollout batch of 256 completions (32 prompts) makes 4 updates
-# and is passed over twice, so that the last of its 8 updates is well off-policy and the trust region has work to do.
+# For the embedded task; flags and a config file override them. A rollout batch of 256 completions (32 prompts) makes 4
+# updates and is passed over twice, so that the last of its 8 updates is off-policy and the trust region has an effect.
 EMBEDDED_DEFAULTS = {
     "output_dir": "drpo_math_output",
     "learning_rate": 5e-5,
@@ -50,8 +46,19 @@ EMBEDDED_DEFAULTS = {
     "scale_rewards": "none",
     "logging_steps": 8,
     "bf16": False,
-    "gradient_checkpointing": False,
 }
+LINE = metrics_line(reward="reward", entropy="entropy", ratio_max="ratio/max", shift="probability_shift/mean")
+PANELS = (
+    Panel("reward, mean of the rollouts", {"reward": "reward"}),
+    Panel("|pi - mu|, shift of probability", {"probability_shift/mean": "mean", "probability_shift/max": "max"}),
+    Panel("ratio pi / mu", {"ratio/min": "min", "ratio/mean": "mean", "ratio/max": "max"}),
+    Panel(
+        "tokens outside the region, by sign of the advantage",
+        {"outside_region/positive": "A > 0", "outside_region/negative": "A < 0"},
+    ),
+    Panel("entropy, nats per token", {"entropy": "entropy"}),
+    Panel("length of completions, tokens", {"completions/mean_length": "mean"}),
+)
 
 
 @dataclass
@@ -63,86 +70,22 @@ class DRPOScriptArguments(ScriptArguments):
 
 
 def main(script_args: DRPOScriptArguments, training_args: DRPOConfig, model_args: ModelConfig) -> None:
-    embedded = script_args.dataset_name is None
-    if embedded and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the matrices are too small to be worth sharing
-    model_path = prepare_policy() if embedded else model_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-        truncation_side="left",
-        padding_side="left",
-    )
-
-    # Problems, and a reward that checks the answer
-    if embedded:
-        splits = split_problems()
-        problems = splits.held_out[: script_args.num_held_out]
-        train_dataset, held_out = as_dataset(splits.train), as_dataset(problems) if problems else None
+    if script_args.dataset_name is None:
+        task = tasks.sums(script_args.num_held_out)
     else:
-        train_dataset, held_out = load_problems(script_args, tokenizer, script_args.num_held_out, training_args.seed)
-        # TRL evaluates where its training loop has prepared the model for DeepSpeed or FSDP; one completion a problem
-        training_args.eval_on_start = held_out is not None
-        training_args.num_generations_eval = training_args.num_generations_eval or 1
-
-    add_model_init_kwargs(training_args, model_args)
+        task = own_math_task(script_args, training_args, model_args)
     trainer = DRPOTrainer(
-        model=model_path,
-        reward_funcs=right_answer if embedded else math_reward,
+        model=task.model,
+        reward_funcs=task.reward,
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
+        train_dataset=task.train,
+        eval_dataset=task.held_out,
+        processing_class=task.tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    if script_args.ignore_bias_buffers:
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-        ]
-
-    # Train; in the embedded task, with the accuracy on the held-out problems before and after
-    measures: dict[str, tuple[float, float]] = {}
-    before = held_out_accuracy(trainer, problems) if embedded else {}
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    seconds = time.perf_counter() - start
-    if embedded:
-        after = held_out_accuracy(trainer, problems)
-        measures = {name: (before[name], after[name]) for name in before}
-    elif held_out is not None:
-        trainer.evaluate()
-        rewards = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
-        measures["held-out reward"] = rewards[0], rewards[-1]
-
-    # Save, report
-    trainer.save_model(training_args.output_dir)
-    run = Run(
-        name=f"DRPO ({training_args.trust_region})",
-        log_history=trainer.state.log_history,
-        measures=measures,
-        updates=trainer.state.global_step,
-        seconds=seconds,
-        settings={
-            "trust_region_radius": trainer.trust_region_radius,
-            "learning_rate": training_args.learning_rate,
-            "updates_per_rollout": training_args.steps_per_generation
-            * training_args.num_iterations
-            // training_args.gradient_accumulation_steps,
-            "completions_per_rollout": training_args.generation_batch_size,
-        },
-    )
-    if trainer.accelerator.is_main_process:
-        print(results_table([run]))
-        print(draw_curves([run], Path(training_args.output_dir) / "curves.png"))
-        print(f"Model: {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
-    trainer.accelerator.wait_for_everyone()
-    if hasattr(trainer, "end"):  # transformers>=5.18
-        trainer.end()
+    settings = {"trust_region": training_args.trust_region, "trust_region_radius": trainer.trust_region_radius}
+    report([run(trainer, task, "DRPO", LINE, settings)], training_args.output_dir, PANELS)
 
 
 if __name__ == "__main__":

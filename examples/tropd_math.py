@@ -2,49 +2,47 @@
 Distil a teacher into a student with TrOPD, beside OPD, EOPD, REOPOLD and GKD from the same start.
 
 Without arguments: sums with written-out steps. The student adds column by column and often forgets a carry; the
-teacher adds place by place, and is right. Made on the spot: no network, no GPU, a few minutes.
+teacher adds place by place, and is correct. Made on the spot: no network, no GPU, a few minutes.
 
     accelerate launch examples/tropd_math.py
 
-A student, a teacher and a data set of your own (a hub name, or a local .jsonl, .json, .csv or .parquet file):
+Your own student, teacher and data set (a hub name, or a local .jsonl, .json, .csv or .parquet file):
 
     accelerate launch examples/tropd_math.py \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \
         --dataset_name openai/gsm8k --dataset_config main --max_new_tokens 1024 \
         --learning_rate 5e-6 --lr_scheduler_type constant --num_generations 4 --output_dir tropd_gsm8k
 
-Every setting of TrOPDConfig is a flag, and all of them can stand in a file: `--config settings.yaml`.
+Every setting of TrOPDConfig is a flag, and all of them can be set in a file: `--config settings.yaml`.
 """
 
 import copy
-import os
-import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from command_line import add_model_init_kwargs, parse_arguments
-from datasets import Dataset
-from math_problems import load_problems
-from report import Panel, Run, draw_curves, results_table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config
 from trl.experimental.gkd import GKDTrainer
 
-from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, split_problems
-from embedded.arithmetic_policy import Recipe, prepare_policy
+from common.command_line import parse_arguments
+from common.console import metrics_line, quieten
+from common.report import Panel, Run
+from common.training import Task, own_math_task, report, run
+from embedded import tasks
+from embedded.arithmetic import TOKENS_PER_DIGIT
+from embedded.arithmetic_policy import Recipe
 from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.tropd.prompts import PromptCollator
 
 
 STUDENTS = {
-    "columns": Recipe(),  # never wrote as the teacher does
-    "mixed": Recipe(style="mixed", slip_rate=0.05, forgotten_carry_rate=0.9),  # writes either way
+    "columns": Recipe(),  # has never written as the teacher does
+    "mixed": Recipe(style="mixed", slip_rate=0.05, forgotten_carry_rate=0.9),  # writes in either way
 }
 TEACHER = Recipe(style="places", slip_rate=0.0, forgotten_carry_rate=0.0)
 
-# For the embedded task; flags and a config file win. The methods differ in nothing else.
+# For the embedded task; flags and a config file override them. The methods differ in nothing else.
 EMBEDDED_DEFAULTS = {
     "output_dir": "tropd_math_output",
     "learning_rate": 1e-3,
@@ -56,7 +54,6 @@ EMBEDDED_DEFAULTS = {
     "logging_steps": 5,
     "save_strategy": "no",
     "bf16": False,
-    "gradient_checkpointing": False,
 }
 # What each method changes
 METHODS: dict[str, dict[str, Any]] = {
@@ -70,11 +67,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "gkd": {},
 }
 EMBEDDED_METHODS = ["tropd", "opd", "eopd", "reopold", "gkd"]
+LINE = metrics_line(KL_to_teacher="teacher/kl", outliers="outliers/share", entropy="entropy", loss="loss")
 PANELS = (
-    Panel("KL to the teacher on own samples, nats a token", {"teacher/kl": "K1"}),
+    Panel("KL to the teacher on own samples, nats per token", {"teacher/kl": "K1"}),
     Panel("share of outliers", {"outliers/share": "share"}),
     Panel("forward KL on outliers, nats", {"outliers/forward_kl": "forward KL"}),
-    Panel("entropy of the student, nats a token", {"entropy": "student"}),
+    Panel("entropy of the student, nats per token", {"entropy": "student"}),
     Panel("length of completions, tokens", {"completions/mean_length": "mean"}),
 )
 
@@ -85,13 +83,15 @@ class TrOPDScriptArguments(ScriptArguments):
         default_factory=list,
         metadata={
             "help": f"Any of {', '.join(METHODS)}, trained one after the other from the same start. Default: "
-            f"{', '.join(EMBEDDED_METHODS)} for the embedded models, what the other flags say for your own."
+            f"{', '.join(EMBEDDED_METHODS)} for the embedded models; for your own, one run with the settings that the "
+            "other flags give."
         },
     )
     student: str = field(
         default="columns",
         metadata={
-            "help": "The embedded student: 'columns' writes its steps otherwise than the teacher, 'mixed' either way.",
+            "help": "The embedded student: 'columns' writes its steps in another way than the teacher, 'mixed' in "
+            "either way.",
             "choices": list(STUDENTS),
         },
     )
@@ -101,87 +101,36 @@ class TrOPDScriptArguments(ScriptArguments):
 
 
 class SampledGKD(GKDTrainer):
-    """TRL's own, which otherwise divides its loss by the data set's number of completion tokens, here 0."""
+    """TRL's own, except that its loss is the mean over what was sampled, because the data set has no completions."""
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        return None  # the mean over what was sampled
+        return None
 
 
-def make_trainer(
-    method: str | None,
-    args: TrOPDConfig,
-    student: Any,
-    teacher: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    data: tuple[Dataset, Dataset | None],
-    peft_config: Any = None,
-) -> Any:
-    """The trainer of one method; `None` for what `args` say."""
+def make_trainer(method: str | None, args: TrOPDConfig, task: Task, model: Any, peft_config: Any = None) -> Any:
+    """The trainer of one method; `None`: of the one that `args` describe."""
     for name, value in METHODS.get(method or "", {}).items():
         setattr(args, name, value)
+    teacher = task.teacher or args.teacher_model_name_or_path
     arguments: dict[str, Any] = {
         "args": args,
-        "train_dataset": data[0],
-        "eval_dataset": data[1],
-        "processing_class": tokenizer,
+        "train_dataset": task.train,
+        "eval_dataset": task.held_out,
+        "processing_class": task.tokenizer,
         "peft_config": peft_config,
     }
     if method != "gkd":
-        return TrOPDTrainer(student, teacher, **arguments)
-    # Given the same prompts; its divergence is of the whole vocabulary
-    teacher = teacher or args.teacher_model_name_or_path
-    collator = PromptCollator(tokenizer, args.max_length, completions=args.lmbda < 1)
-    return SampledGKD(student, teacher, data_collator=collator, **arguments)
+        return TrOPDTrainer(model, teacher, **arguments)
+    # On the same prompts; its divergence is over the whole vocabulary
+    collator = PromptCollator(task.tokenizer, args.max_length, completions=args.lmbda < 1)
+    return SampledGKD(model, teacher, data_collator=collator, **arguments)
 
 
-def measure(trainer: Any, args: TrOPDConfig, teacher: str | None, data: Any, problems: list[Any]) -> dict[str, float]:
-    """The same measures of every method: accuracy, and the KL divergence to the teacher on held-out prompts."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    judge = make_trainer("tropd", copy.deepcopy(args), model, teacher, trainer.processing_class, data)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        divergence = judge.evaluate()["eval_teacher/kl"]
-        accuracy = held_out_accuracy(judge, problems)
-    return {**accuracy, "KL to the teacher, nats a token": divergence}
-
-
-def train(
-    method: str | None,
-    training_args: TrOPDConfig,
-    model_args: ModelConfig,
-    paths: tuple[str, str | None],
-    tokenizer: PreTrainedTokenizerBase,
-    data: tuple[Dataset, Dataset | None],
-    problems: list[Any],
-    before: dict[str, float],
-) -> Run:
-    """One method from the start, whose measures are `before`: everything but the method is the same."""
-    args = copy.deepcopy(training_args)
-    args.output_dir = str(Path(training_args.output_dir) / method) if method else training_args.output_dir
-    trainer = make_trainer(method, args, *paths, tokenizer, data, get_peft_config(model_args))
-    embedded = bool(problems)
-    if embedded and not before:
-        before |= measure(trainer, training_args, paths[1], data, problems)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    seconds = time.perf_counter() - start
-    measures: dict[str, tuple[float, float]] = {}
-    if embedded:
-        after = measure(trainer, training_args, paths[1], data, problems)
-        measures = {name: (before[name], after[name]) for name in before}
-    elif data[1] is not None:
-        trainer.evaluate()
-        for name in ("eval_teacher/kl", "eval_loss"):
-            values = [log[name] for log in trainer.state.log_history if name in log]
-            if values:
-                measures[name] = values[0], values[-1]
-    trainer.save_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()
-    settings = {"learning_rate": args.learning_rate, "seed": args.seed, "temperature": args.temperature}
-    name = method or args.objective
-    return Run(name, trainer.state.log_history, measures, trainer.state.global_step, seconds, settings)
+def measure(trainer: Any, args: TrOPDConfig, task: Task, accuracy: Any) -> dict[str, float]:
+    """The same measures for every method: accuracy, and the KL divergence to the teacher on held-out prompts."""
+    judge = make_trainer("tropd", copy.deepcopy(args), task, trainer.accelerator.unwrap_model(trainer.model))
+    quieten(judge, lambda logs: None)
+    return {**accuracy(judge), "KL to the teacher, nats per token": judge.evaluate()["eval_teacher/kl"]}
 
 
 def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_args: ModelConfig) -> None:
@@ -189,33 +138,18 @@ def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_ar
     methods: list[Any] = script_args.method or (EMBEDDED_METHODS if embedded else [None])
     if unknown := set(methods) - {*METHODS, None}:
         raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(METHODS)}.")
-    problems: list[Any] = []
     if embedded:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # the matrices are too small to be worth sharing
-        paths: tuple[str, str | None] = prepare_policy(STUDENTS[script_args.student]), prepare_policy(TEACHER)
+        task = tasks.sums(script_args.num_held_out, STUDENTS[script_args.student], TEACHER)
+        task.measure = partial(measure, args=training_args, task=task, accuracy=task.measure)
     else:
-        paths = model_args.model_name_or_path, None  # the teacher is among the training arguments
-    tokenizer = AutoTokenizer.from_pretrained(
-        paths[0],
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-        truncation_side="left",
-        padding_side="left",
-    )
-    if embedded:
-        splits = split_problems()
-        problems = splits.held_out[: script_args.num_held_out]
-        data: tuple[Dataset, Dataset | None] = as_dataset(splits.train), as_dataset(problems)
-    else:
-        data = load_problems(script_args, tokenizer, script_args.num_held_out, training_args.seed)
-        training_args.eval_on_start = data[1] is not None  # where the model is prepared for DeepSpeed or FSDP
-        add_model_init_kwargs(training_args, model_args)
-    before: dict[str, float] = {}  # of the start that all share
-    runs = [train(method, training_args, model_args, paths, tokenizer, data, problems, before) for method in methods]
-    if training_args.process_index == 0:
-        print(results_table(runs))
-        print(draw_curves(runs, Path(training_args.output_dir) / "curves.png", PANELS))
+        task = own_math_task(script_args, training_args, model_args)
+    runs: list[Run] = []
+    for method in methods:
+        args = copy.deepcopy(training_args)
+        args.output_dir = str(Path(training_args.output_dir) / method) if method else training_args.output_dir
+        trainer = make_trainer(method, args, task, task.model, get_peft_config(model_args))
+        runs.append(run(trainer, task, method or args.objective, LINE, {"temperature": args.temperature}))
+    report(runs, training_args.output_dir, PANELS)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
 
-from report import NO_MATPLOTLIB, load_pyplot, markdown_table
-
+from common.report import NO_MATPLOTLIB, load_pyplot, markdown_table
 from embedded.arithmetic import TOKENS_PER_DIGIT, as_dataset, held_out_accuracy, right_answer, split_problems
 from embedded.arithmetic_policy import prepare_policy
 from trl_ext import DRPOConfig, DRPOTrainer

@@ -30,9 +30,10 @@ from trl import TrlParser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
 
-from erpd_math import EMBEDDED_DEFAULTS, measured_policies
-from report import NO_MATPLOTLIB, load_pyplot, markdown_table
+from erpd_math import EMBEDDED_DEFAULTS
 
+from common.erpd_report import measured_policies
+from common.report import NO_MATPLOTLIB, load_pyplot, markdown_table
 from embedded.arithmetic import as_dataset, right_answer, split_problems
 from embedded.arithmetic_policy import prepare_policy
 from trl_ext import ERPDConfig, ERPDTrainer
@@ -91,6 +92,8 @@ def train(setting: Setting, policy: str, output_dir: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "keep_teachers": False,
+        "gradient_checkpointing": False,
     }
     problems = split_problems()
     trainer = ERPDTrainer(

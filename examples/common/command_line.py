@@ -1,23 +1,38 @@
-"""How the examples read their flags: TRL's parser, with other defaults for an embedded task."""
+"""How the examples read their flags: TRL's parser, with other defaults for the embedded task."""
 
 from __future__ import annotations
 
+import argparse
+import sys
+import textwrap
+import warnings
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from trl import ModelConfig, TrlParser
 
 
-# What TRL reads only where another setting is not there, or not beside it: who gives the latter means it
-HINDERED = {"steps_per_generation": "generation_batch_size", "max_steps": "num_train_epochs"}
+# A default of ours -> the flag that, if given, removes it, because TRL reads that flag only without the default
+SUPERSEDED_BY = {
+    "steps_per_generation": "generation_batch_size",
+    "max_steps": "num_train_epochs",
+    "activation_checkpointing": "gradient_checkpointing",
+}
 
 
 def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dict[str, Any]) -> tuple[Any, Any, Any]:
     """
-    Script arguments, training arguments and [`~trl.ModelConfig`]: flags over the config file (`--config`) over, in the
-    embedded task, `embedded_defaults` over TRL's defaults.
+    Script arguments, training arguments and [`~trl.ModelConfig`]. Flags override the config file (`--config`), which
+    overrides `embedded_defaults` (in the embedded task), which override TRL's defaults.
 
-    The embedded task is what is trained without a model; a script that has a `dataset_name` wants both or neither.
+    The embedded task is what is trained without `--model_name_or_path`. A script that has a `dataset_name` needs both
+    flags or neither.
     """
+    if help_flags := {"-h", "--help", "--help_all"} & set(sys.argv[1:]):
+        print(help_text(script_class, config_class, embedded_defaults, trl="--help_all" in help_flags))
+        sys.exit()
     first_look = TrlParser((script_class, ModelConfig), allow_abbrev=False, add_help=False)
     script_args, model_args, others = first_look.parse_args_and_config(return_remaining_strings=True)
     embedded = model_args.model_name_or_path is None
@@ -26,16 +41,65 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
             "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded policy "
             "on sums."
         )
-    parser = TrlParser((script_class, config_class, ModelConfig), allow_abbrev=False)
-    if embedded:
-        given = {flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in others}
-        defaults = {name: value for name, value in embedded_defaults.items() if HINDERED.get(name) not in given}
-        parser.set_defaults_with_config(**defaults)
-    return parser.parse_args_and_config()
+    given = {flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in others}
+    defaults = {**quiet_defaults(config_class, embedded), **(embedded_defaults if embedded else {})}
+    parser = TrlParser((script_class, config_class, ModelConfig), allow_abbrev=False, add_help=False)
+    parser.set_defaults_with_config(
+        **{name: value for name, value in defaults.items() if SUPERSEDED_BY.get(name) not in given}
+    )
+    # TRL's use of a deprecated name, which no setting avoids
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    # From the command line it is text, of which the trainer would take "True" for a folder's name
+    switch = {"true": True, "false": None}
+    resume = training_args.resume_from_checkpoint
+    training_args.resume_from_checkpoint = switch.get(str(resume).lower(), resume)
+    return script_args, training_args, model_args
+
+
+def quiet_defaults(config_class: Any, embedded: bool) -> dict[str, Any]:
+    """Settings that mean what TRL's defaults mean (without checkpointing in the embedded task), but do not warn."""
+    defaults: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
+    names = {field.name for field in fields(config_class)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {**defaults, checkpointing: not embedded}
+
+
+def help_text(script_class: Any, config_class: Any, embedded_defaults: dict[str, Any], trl: bool = False) -> str:
+    """
+    The flags, those of the script first, then those that our configuration adds to TRL's, then TRL's: only their
+    names, or with `trl` what they mean too.
+    """
+    parser = TrlParser((script_class, config_class, ModelConfig), allow_abbrev=False, add_help=False)
+    parser.set_defaults_with_config(**embedded_defaults)
+    actions = {action.dest: action for action in parser._actions}
+    formatter = argparse.HelpFormatter(prog=Path(sys.argv[0]).name, width=100)
+    description = sys.modules["__main__"].__doc__ or ""
+    parts = [f"usage: {Path(sys.argv[0]).name} [flags]", description.strip()]
+    ours = [cls for cls in config_class.__mro__ if cls.__module__.startswith("trl_ext")]
+    theirs = [cls for cls in (*script_class.__mro__[1:], *config_class.__mro__, ModelConfig) if cls not in ours]
+    names_of_theirs: list[str] = []
+    for cls in (script_class, *ours, *theirs):
+        own = [actions.pop(name) for name in vars(cls).get("__annotations__", {}) if name in actions]
+        if not own:
+            continue
+        if cls in theirs and not trl:
+            flags = " ".join(f"--{action.dest}" for action in own)
+            names_of_theirs.append(textwrap.fill(f"{cls.__name__}: {flags}", 100, subsequent_indent="  "))
+            continue
+        formatter.start_section("this script" if cls is script_class else cls.__name__)
+        formatter.add_arguments(own)
+        formatter.end_section()
+    parts.append(formatter.format_help().strip())
+    if names_of_theirs:
+        parts += ["TRL's flags (--help_all explains them):", *names_of_theirs]
+    parts.append("--config FILE.yaml: any of these settings from a file.")
+    parts.append("Defaults shown are those of the embedded task; with a model of your own they are TRL's and ours.")
+    return "\n\n".join(parts)
 
 
 def add_model_init_kwargs(training_args: Any, model_args: ModelConfig) -> None:
-    """The model's flags, for `from_pretrained`, beneath those that `training_args.model_init_kwargs` holds."""
+    """Passes the model's flags to `from_pretrained`; what `training_args.model_init_kwargs` holds overrides them."""
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -20,7 +20,7 @@ except ImportError:
 
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 QUESTION_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution")  # where there are both, `answer` is the shorter one
+ANSWER_COLUMNS = ("answer", "solution")  # of a data set with both, `answer` is the shorter one
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -30,13 +30,15 @@ def load_problems(
     """
     Training and held-out problems, with the columns `prompt` and `gold`.
 
-    Held out are the first `num_held_out` problems of the test split. Where there is no such split, they are drawn
-    from the training split, at most a tenth of it, and not trained on.
+    The first `num_held_out` problems of the test split are held out. Without such a split, they are drawn from the
+    training split, at most a tenth of it, and not trained on.
     """
     name = script_args.dataset_name
     file_format = FILE_FORMATS.get(Path(name).suffix)
     if file_format is not None and not Path(name).is_file():
         raise FileNotFoundError(f"There is no file {name}: give --dataset_name a file that exists, or a hub name.")
+    if file_format is not None and _is_blank(Path(name)):
+        raise ValueError(f"{name} is empty: give --dataset_name a file with one problem per row.")
     splits = load_dataset(
         file_format or name,
         name=script_args.dataset_config,
@@ -56,6 +58,11 @@ def load_problems(
     return _hold_out(train, num_held_out, seed)
 
 
+def _is_blank(path: Path) -> bool:
+    with path.open("rb") as file:
+        return not file.read(1024).strip()
+
+
 def _hold_out(
     train: Dataset | IterableDataset, number: int, seed: int
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
@@ -68,13 +75,15 @@ def _hold_out(
 
 
 def _as_problems(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> Dataset | IterableDataset:
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = dataset.column_names or list(next(iter(dataset), ()))
+    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
+        raise ValueError(f"{name} has no rows: give --dataset_name a data set with one problem per row.")
     question = next((column for column in QUESTION_COLUMNS if column in columns), None)
     answer = next((column for column in ANSWER_COLUMNS if column in columns), None)
     if question is None or answer is None:
         raise ValueError(
-            f"{name} has the columns {', '.join(map(repr, columns))}, but expected are a 'prompt', 'question' or "
-            "'problem' and an 'answer' or 'solution': rename yours."
+            f"{name} has the columns {', '.join(map(repr, columns))}, but it must have a 'prompt', 'question' or "
+            "'problem' and an 'answer' or 'solution': rename its columns."
         )
 
     def as_problem(row: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +99,8 @@ def as_prompt(question: Any, finished: bool, conversational: bool) -> Any:
     """
     The prompt as TRL takes it: a list of messages or, where the tokenizer has no chat template, plain text.
 
-    A `finished` prompt (of a column `prompt`) stands as it is, save that messages become text where they must.
+    A `finished` prompt (of a column `prompt`) is left as it is, except that messages become text where the tokenizer
+    has no chat template.
     """
     if isinstance(question, list):
         return question if conversational else "\n\n".join(message["content"] for message in question) + "\n\n"
@@ -117,13 +127,13 @@ def math_reward(completions: list[Any], gold: list[str], **kwargs: Any) -> list[
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     if parse is None:
-        warnings.warn("Only plain numbers are compared without math-verify: pip install math-verify", stacklevel=2)
+        warnings.warn("Without math-verify only plain numbers are compared: pip install math-verify", stacklevel=2)
     compare = _same_number if parse is None else _same_by_math_verify
-    return [compare(_tidy(text), right) for text, right in zip(texts, gold, strict=True)]
+    return [compare(_tidy(text), answer) for text, answer in zip(texts, gold, strict=True)]
 
 
 def _tidy(text: str) -> str:
-    """Ways of writing a final answer that readers of math do not expect, in ways that they do."""
+    """Rewrites forms of a final answer that math-verify does not expect into forms that it does."""
     text = text.replace("**", "")
     if "####" in text and "\\boxed" not in text:
         text = "The answer is " + (text.rsplit("####", 1)[-1].strip().split("\n")[0] or "missing")
@@ -133,11 +143,11 @@ def _tidy(text: str) -> str:
 
 
 def _same_by_math_verify(text: str, gold: str) -> float | None:
-    # Its timeouts use SIGALRM, which only the main thread may
+    # Its timeouts use SIGALRM, which only the main thread may use
     in_main_thread = threading.current_thread() is threading.main_thread()
     timeout = 5 if in_main_thread else None
     if _as_number(gold) is None and not any(mark in gold for mark in ("$", "\\boxed", "\\(", "\\[")):
-        gold = f"${gold}$"  # bare LaTeX, of which the parser would see only parts
+        gold = f"${gold}$"  # bare LaTeX, which the parser would read only in part
     parsed_gold = parse(gold, parsing_timeout=timeout)
     if not parsed_gold:
         return None

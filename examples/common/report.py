@@ -28,24 +28,6 @@ class Panel:
     keys: Mapping[str, str]
 
 
-PANELS = (
-    Panel("reward, mean of the rollouts", {"reward": "reward"}),
-    Panel("|pi - mu|, shift of probability", {"probability_shift/mean": "mean", "probability_shift/max": "max"}),
-    Panel("ratio pi / mu", {"ratio/min": "min", "ratio/mean": "mean", "ratio/max": "max"}),
-    Panel(
-        "tokens outside the region, by sign of the advantage",
-        {
-            "outside_region/positive": "A > 0",
-            "outside_region/negative": "A < 0",
-            "clip_ratio/high_mean": "A > 0, clipped",
-            "clip_ratio/low_mean": "A < 0, clipped",
-        },
-    ),
-    Panel("entropy, nats a token", {"entropy": "entropy"}),
-    Panel("length of completions, tokens", {"completions/mean_length": "mean"}),
-)
-
-
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Numbers as `0.123`, columns padded so that the table reads in a terminal too."""
     cells = [list(header)]
@@ -86,7 +68,7 @@ def load_pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def draw_curves(runs: Sequence[Run], path: str | Path, panels: Sequence[Panel] = PANELS) -> str:
+def draw_curves(runs: Sequence[Run], path: str | Path, panels: Sequence[Panel]) -> str:
     """
     Writes a PNG with those panels of which something was logged, and says so: returns the sentence to print.
 

@@ -25,7 +25,7 @@ TOKENS_PER_DIGIT = 16  # of a completion, for each digit of the numbers to be ad
 
 @dataclass
 class Mistakes:
-    """A pupil who now and then writes any sum for two digits, and often forgets a carry. Both are probabilities."""
+    """A pupil who at times writes a random sum for two digits, and often forgets a carry. Both are probabilities."""
 
     slip_rate: float = 0.0
     forgotten_carry_rate: float = 0.0
@@ -132,6 +132,24 @@ def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast
 
 
 @torch.no_grad()
+def complete(
+    model: Any, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], greedy: bool
+) -> tuple[torch.Tensor, list[str]]:
+    """One completion for each problem: token ids of prompt and completion, and the completion as text."""
+    # top_k=0 and top_p=1: from the whole vocabulary, as in training
+    sampling: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    inputs = tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt", return_token_type_ids=False)
+    outputs = model.generate(
+        **inputs.to(model.device),
+        **sampling,
+        max_new_tokens=TOKENS_PER_DIGIT * max(len(str(p.first)) for p in problems),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return outputs, texts
+
+
 def accuracy(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
@@ -139,26 +157,44 @@ def accuracy(
     greedy: bool = False,
     batch_size: int = 500,
 ) -> float:
-    """Share of `problems` answered right, with one completion each: sampled at temperature 1, or `greedy`."""
+    """Share of `problems` answered correctly, with one completion each: sampled at temperature 1, or `greedy`."""
     was_training = model.training
     model.eval()
-    # top_k=0 and top_p=1: from the whole vocabulary, as in training
-    sampling: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
     right = 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        inputs = tokenizer([p.prompt for p in batch], padding=True, return_tensors="pt", return_token_type_ids=False)
-        outputs = model.generate(
-            **inputs.to(model.device),
-            **sampling,
-            max_new_tokens=TOKENS_PER_DIGIT * max(len(str(p.first)) for p in batch),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        completions = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(right_answer(completions, [p.answer for p in batch]))
+        right += sum(right_answer(complete(model, tokenizer, batch, greedy)[1], [p.answer for p in batch]))
     model.train(was_training)
     return right / len(problems)
+
+
+@torch.no_grad()
+def compare_with_base(
+    model: Any, base: Any, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], num_samples: int = 4
+) -> tuple[float, float, float]:
+    r"""
+    Accuracy of `num_samples` samples of each problem, accuracy of the greedy answer, and \\( \mathrm{KL}(\pi \|
+    \pi_0) \\) to `base` in nats per sequence: the mean of \\( \log \pi - \log \pi_0 \\) over the same samples. The
+    random numbers are the same for every model.
+    """
+    right = log_ratio = 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(num_samples):
+            tokens, texts = complete(model, tokenizer, problems, greedy=False)
+            right += sum(right_answer(texts, [p.answer for p in problems]))
+            length = len(tokenizer(problems[0].prompt)["input_ids"])  # of every prompt: they have the same digits
+            ended = (tokens[:, length:] == tokenizer.eos_token_id).cumsum(1)
+            written = (ended == 0) | ((ended == 1) & (tokens[:, length:] == tokenizer.eos_token_id))
+            logps = [_logps(policy, tokens, length) for policy in (model, base)]
+            log_ratio += ((logps[0] - logps[1]) * written).sum().item()
+    total = num_samples * len(problems)
+    return right / total, accuracy(model, tokenizer, problems, greedy=True), log_ratio / total
+
+
+def _logps(model: Any, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    logits = model(tokens).logits[:, start - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, tokens[:, start:, None]).squeeze(-1)
 
 
 def held_out_accuracy(trainer: Any, problems: Sequence[Problem]) -> dict[str, float]:
