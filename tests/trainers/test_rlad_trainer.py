@@ -217,7 +217,7 @@ def test_a_teacher_is_wrapped_as_trl_wraps_a_reference_model(path, teacher_path,
     trainer = make_trainer(path, tmp_path, teacher_path)
     wrapped = []
     prepare = lambda model, accelerator: wrapped.append(model) or "wrapped"  # noqa: E731
-    monkeypatch.setattr(f"trl_ext.teacher.prepare_{backend}", prepare)
+    monkeypatch.setattr(f"trl_ext.teacher.model.prepare_{backend}", prepare)
     monkeypatch.setattr(trainer, f"is_{backend}_enabled", True)
     teacher = type(trainer.teacher)(teacher_path)
     teacher.prepare(trainer)

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import GRPOConfig
 
 from trl_ext.arguments import check_policy_loss_args, check_types
 from trl_ext.losses import DISTILLATIONS
+from trl_ext.teacher.settings import TeacherSettings
 from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region
 
 
@@ -19,22 +19,12 @@ CHOICES = {
 
 
 @dataclass
-class RLADConfig(GRPOConfig):
+class RLADConfig(TeacherSettings, GRPOConfig):
     r"""
-    Configuration class for the [`RLADTrainer`]: all of [`~trl.GRPOConfig`], the teacher, and how it is used.
+    Configuration class for the [`RLADTrainer`]: all of [`~trl.GRPOConfig`], who the teacher is
+    ([`TeacherSettings`]), and how it is used.
 
     Parameters:
-        teacher_model_name_or_path (`str`, *optional*):
-            Hub name or path of the teacher, where `teacher_model` is not passed to the trainer. With
-            `teacher_model_server_url`: the name of the served model, whose tokenizer is then checked.
-        teacher_model_revision (`str`, *optional*):
-            Branch, tag or commit of the teacher.
-        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
-            For the teacher's `from_pretrained`: `dtype` (default `"auto"`), `quantization_config`, ...
-        teacher_model_server_url (`str`, *optional*):
-            URL of a vLLM server that holds the teacher.
-        teacher_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for that server at the start, and for each of its answers.
         distillation (`str`, *optional*, defaults to `"trrd"`):
             `"trrd"`: the teacher enters the ratio (RLAD). `"kdrl"`: GRPO plus a penalty on the distance to the
             teacher. `"trrd_and_kdrl"`: both.
@@ -71,21 +61,6 @@ class RLADConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 - TRL's form
 
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or path of the teacher, or of the model that the server serves."}
-    )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of the teacher's `from_pretrained`."}
-    )
-    teacher_model_server_url: str | None = field(
-        default=None, metadata={"help": "URL of a vLLM server that holds the teacher."}
-    )
-    teacher_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds to wait for the teacher server at the start and for each answer."}
-    )
     distillation: str = field(
         default="trrd",
         metadata={

@@ -5,15 +5,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoProcessor
 from trl import GRPOConfig
-from trl.trainer.utils import get_config_model_id
 
 from trl_ext.arguments import with_keyword
 from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_penalty, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args
-from trl_ext.teacher import Teacher, make_teacher
+from trl_ext.teacher import TeacherMixin, make_teacher
 from trl_ext.trust_regions import trust_region_loss
 
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class RLADTrainer(PolicyLossTrainer):
+class RLADTrainer(TeacherMixin, PolicyLossTrainer):
     r"""
     Trainer for [Reinforcement-aware Knowledge Distillation for LLM Reasoning](https://huggingface.co/papers/2602.22495):
     GRPO in whose ratio the teacher stands beside the old policy (Trust Region Ratio Distillation, Eq. 3-5),
@@ -73,14 +71,11 @@ class RLADTrainer(PolicyLossTrainer):
             }"""),
     }
 
-    teacher: Teacher
-
     def __init__(self, *args: Any, teacher_model: "str | PreTrainedModel | PeftModel | None" = None, **kwargs: Any):
         self._teacher_model = teacher_model
         self._rewards_per_func: torch.Tensor | None = None  # of the last rollout batch, all processes
         super().__init__(*args, **kwargs)
-        self.teacher.prepare(self)
-        self._foreign_ends = self.teacher.foreign_ends(self.eos_token_ids)
+        self.prepare_teacher(self.eos_token_ids)
 
     @classmethod
     def check_args(cls, args: GRPOConfig) -> None:
@@ -88,13 +83,7 @@ class RLADTrainer(PolicyLossTrainer):
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
         self.teacher = make_teacher(self._teacher_model, model, args, type(self).__name__)
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
-            processing_class = AutoProcessor.from_pretrained(
-                name, revision=revision, trust_remote_code=args.trust_remote_code
-            )
-        self.teacher.check_tokenizer(processing_class, name or "model")
+        self.check_teacher_tokenizer(model, args, processing_class)
 
     def policy_loss(
         self,
@@ -137,7 +126,7 @@ class RLADTrainer(PolicyLossTrainer):
             if args.kdrl_mask != "none":
                 token_loss.metrics["kdrl/distilled"] = inputs["distilled"].expand(mask.shape)
         # What can only be 0 or 1 is not logged: the drift on policy, the silence of a teacher that is never silent
-        if not self._foreign_ends and self.teacher.scores_every_token:
+        if self.teacher_is_always_heard:
             constant += ("teacher/neutral",)
         token_loss.metrics = {n: values for n, values in token_loss.metrics.items() if not n.startswith(constant)}
         return token_loss
@@ -154,10 +143,7 @@ class RLADTrainer(PolicyLossTrainer):
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         logps = self.teacher.sampled_logps(batch, lambda model: self.score_completions(model, batch))
-        if self._foreign_ends:
-            foreign = torch.isin(batch["completion_ids"], batch["completion_ids"].new_tensor(self._foreign_ends))
-            logps = logps.masked_fill(foreign, float("nan"))
-        batch["teacher_per_token_logps"] = logps
+        batch["teacher_per_token_logps"] = self.without_foreign_ends(logps, batch["completion_ids"])
         if DISTILLATIONS[self.args.distillation].penalty:
             batch["distilled"] = self._distilled(len(logps)).to(logps)
         return batch
@@ -182,10 +168,6 @@ class RLADTrainer(PolicyLossTrainer):
             correct = correct.view(-1, group).any(dim=1).repeat_interleave(group)
         start = self.accelerator.process_index * local_size
         return (~correct[start : start + local_size]).unsqueeze(1)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.teacher.left_out():
-            super()._save(output_dir, state_dict)
 
 
 # The constructor takes what its parent takes, and a teacher: say so to help() and to editors

@@ -8,6 +8,7 @@ from trl.experimental.gkd import GKDConfig
 
 from trl_ext.arguments import check_types
 from trl_ext.losses import GUIDANCE_SCHEDULES, OUTLIER_LOSSES
+from trl_ext.teacher.settings import TeacherSettings
 from trl_ext.tropd.objective import OBJECTIVES, unused_settings
 from trl_ext.tropd.vllm_settings import VLLMSettings
 
@@ -24,10 +25,11 @@ CHOICES: dict[str, Collection[str]] = {
 
 
 @dataclass
-class TrOPDConfig(VLLMSettings, GKDConfig):
+class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
     r"""
     Configuration class for the [`TrOPDTrainer`]: all of [`~trl.experimental.gkd.GKDConfig`], whose `lmbda` and
-    `temperature` have another default here; the settings of generation with vLLM ([`VLLMSettings`]); and those below.
+    `temperature` have another default here; the settings of generation with vLLM ([`VLLMSettings`]); who the
+    teacher is ([`TeacherSettings`]); and those below.
 
     Parameters:
         objective (`str`, *optional*, defaults to `"tropd"`):
@@ -76,12 +78,6 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
             is our choice.
         reopold_top_entropy_share (`float`, *optional*, defaults to `0.2`):
             For `"reopold"`: share of each step's tokens that then count.
-        teacher_model_revision (`str`, *optional*):
-            Branch, tag or commit of the teacher.
-        teacher_model_server_url (`str`, *optional*):
-            URL of a vLLM server that holds the teacher.
-        teacher_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for that server at the start, and for each of its answers.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Under ZeRO-3: whether to gather the weights for generation, as in [`~trl.GRPOConfig`].
     """
@@ -174,15 +170,6 @@ class TrOPDConfig(VLLMSettings, GKDConfig):
     )
     reopold_top_entropy_share: float = field(
         default=0.2, metadata={"help": "For 'reopold': share of each step's tokens that then count."}
-    )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
-    )
-    teacher_model_server_url: str | None = field(
-        default=None, metadata={"help": "URL of a vLLM server that holds the teacher."}
-    )
-    teacher_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds to wait for that server at the start and for each answer."}
     )
     ds3_gather_for_generation: bool = field(
         default=True, metadata={"help": "Under ZeRO-3: whether to gather the weights for generation."}

@@ -10,7 +10,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
-    AutoProcessor,
     DataCollator,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,14 +19,14 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, repeat_iterable_dataset
+from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, repeat_iterable_dataset
 
 from trl_ext.arguments import as_config, changed_settings, check_processing_class, check_sharded_adapter
 from trl_ext.losses import least_of_top_share, longest_prefix
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
 from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
-from trl_ext.teacher import Teacher, make_teacher, text_tokenizer
+from trl_ext.teacher import TeacherMixin, make_teacher, text_tokenizer
 from trl_ext.tropd.objective import completion_loss, objective_of, own_mask, teacher_top_k
 from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
 from trl_ext.tropd.rollouts import collate, roll_out
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
+class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     r"""
     Trainer for [Trust Region On-Policy Distillation](https://huggingface.co/papers/2606.01249): distils on the
     student's own rollouts, only where the teacher is reliable. Per token \\( x \\) of the student's, with
@@ -133,15 +132,9 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
         needs = None
         if data_collator is None:
             needs = self._check_datasets(args, train_dataset, eval_dataset)
-        self.teacher: Teacher = make_teacher(teacher_model, model, args, name)
+        self.teacher = make_teacher(teacher_model, model, args, name)
         self._check_teacher(args)
-        student_name = model if isinstance(model, str) else get_config_model_id(model.config)
-        if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
-            processing_class = AutoProcessor.from_pretrained(
-                student_name, revision=revision, trust_remote_code=args.trust_remote_code
-            )
-        self.teacher.check_tokenizer(processing_class, student_name or "model")
+        processing_class = self.check_teacher_tokenizer(model, args, processing_class)
         tokenizer = text_tokenizer(processing_class)
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
@@ -180,11 +173,10 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
-        self.teacher.prepare(self)
-        self.teacher_model = getattr(self.teacher, "model", None)  # as GKD names it; a server is none
         self.sampler = RolloutSampler(self)
+        self.prepare_teacher(self.sampler.eos_token_ids)
+        self.teacher_model = getattr(self.teacher, "model", None)  # as GKD names it; a server is none
         self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
-        self._foreign_ends = self.teacher.foreign_ends(self.sampler.eos_token_ids)
         student_size = self.model.config.get_text_config().vocab_size
         self._vocab_size = student_size
         self._top_k = min(teacher_top_k(args), student_size)
@@ -269,11 +261,7 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
             micro_batch = collate([next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator)
             micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
             scores = self.teacher.next_tokens(micro_batch, max(self._top_k, 1), len(batch), self._vocab_size)
-            logps = scores.logps
-            if self._foreign_ends:
-                foreign = torch.isin(micro_batch["completion_ids"], logps.new_tensor(self._foreign_ends).long())
-                logps = logps.masked_fill(foreign, float("nan"))
-            micro_batch["teacher_logps"] = logps
+            micro_batch["teacher_logps"] = self.without_foreign_ends(scores.logps, micro_batch["completion_ids"])
             if scores.entropy is not None:
                 micro_batch["teacher_entropy"] = scores.entropy
             if self._top_k:
@@ -426,7 +414,3 @@ class TrOPDTrainer(WholeCheckpoints, GKDTrainer):
         if checkpoint is not None and isinstance(sampler, RepeatSampler) and sampler.shuffle:
             for _ in range(int(self.state.epoch or 0)):  # wound on to where the run stood
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.teacher.left_out():
-            super()._save(output_dir, state_dict)

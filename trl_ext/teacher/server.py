@@ -11,7 +11,8 @@ from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 
 from trl_ext.next_token import NextTokens
-from trl_ext.teacher import ModelTeacher, Score, Teacher
+from trl_ext.teacher.base import Score, Teacher
+from trl_ext.teacher.model import ModelTeacher
 
 
 RETRIES = 3

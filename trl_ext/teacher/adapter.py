@@ -1,0 +1,67 @@
+"""A teacher that is an adapter on the student's own base model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from trl_ext.teacher.model import ModelTeacher
+
+
+class AdapterTeacher(ModelTeacher):
+    """
+    An adapter on the student's own base model: no second copy of that in memory.
+
+    Args:
+        student ([`~peft.PeftModel`]):
+            The student, with the teacher's adapter loaded beside its own.
+        adapter_name (`str`):
+            Name of the teacher's adapter.
+    """
+
+    def __init__(self, student: Any, adapter_name: str) -> None:
+        if adapter_name in student.active_adapters:
+            raise ValueError(
+                f"The adapter {adapter_name!r} cannot be the teacher, because it is the one that is trained: activate "
+                "the student's with model.set_adapter(), or name another adapter as the teacher."
+            )
+        self.name, self.adapter_name = adapter_name, adapter_name
+        self._redirect = _ForwardRedirection()
+
+    def tokenizer(self) -> None:
+        return None  # it is the student's model
+
+    def prepare(self, trainer: Any) -> None:
+        self.model, self.accelerator, self.temperature = trainer.model, trainer.accelerator, trainer.args.temperature
+        self.vocab_size = trainer.model.config.get_text_config().vocab_size
+        self.checkpointing = trainer.args.gradient_checkpointing_kwargs
+        self.model.set_requires_grad(self.adapter_name, requires_grad=False)
+
+    @contextmanager
+    def scoring(self) -> Iterator[Any]:
+        peft_model = self.accelerator.unwrap_model(self.model)
+        was_training = peft_model.training
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.checkpointing),
+            use_adapter(peft_model, self.adapter_name),
+        ):
+            peft_model.eval()  # no dropout
+            try:
+                yield self.model
+            finally:
+                peft_model.train(was_training)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        model = self.accelerator.unwrap_model(self.model)
+        kept = [name for name in model.peft_config if name != self.adapter_name]
+        model.save_pretrained = partial(model.save_pretrained, selected_adapters=kept)
+        try:
+            yield
+        finally:
+            del model.save_pretrained  # the class's own is there again

@@ -1,0 +1,60 @@
+"""What a trainer does with its teacher, whichever trainer of TRL's it extends."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from trl_ext.teacher.base import Teacher
+
+
+class TeacherMixin:
+    """
+    To be mixed in before one of TRL's trainers.
+
+    Before anything is loaded, set `teacher` and call `check_teacher_tokenizer`; once the trainer is initialised,
+    `prepare_teacher`; for each batch of scores, `without_foreign_ends`.
+    """
+
+    teacher: Teacher
+    _foreign_ends: list[int]
+
+    def check_teacher_tokenizer(
+        self, model: Any, args: Any, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+    ) -> PreTrainedTokenizerBase | ProcessorMixin:
+        """The student's tokenizer or processor, loaded as TRL would where it is `None`, and the teacher's too."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if processing_class is None:
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = AutoProcessor.from_pretrained(
+                name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+        self.teacher.check_tokenizer(processing_class, name or "model")
+        return processing_class
+
+    def prepare_teacher(self, eos_token_ids: Iterable[int]) -> None:
+        """Loads and wraps the teacher. `eos_token_ids` end the student's completions."""
+        self.teacher.prepare(self)
+        self._foreign_ends = self.teacher.foreign_ends(eos_token_ids)
+
+    def without_foreign_ends(self, logps: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        """
+        The teacher's log-probabilities, NaN where the student ends with a token with which the teacher does not.
+
+        Both of shape `(batch, time)`.
+        """
+        if not self._foreign_ends:
+            return logps
+        foreign = torch.isin(completion_ids, completion_ids.new_tensor(self._foreign_ends))
+        return logps.masked_fill(foreign, float("nan"))
+
+    @property
+    def teacher_is_always_heard(self) -> bool:
+        """Whether the teacher has an opinion of every token."""
+        return self.teacher.scores_every_token and not self._foreign_ends
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self.teacher.left_out():
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
