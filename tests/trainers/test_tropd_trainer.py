@@ -613,7 +613,7 @@ class StubEngine:
     """Stands for vLLM: samples what the hash says, and remembers when it got weights."""
 
     def __init__(self, **kwargs):
-        self.settings, self.syncs, self.prompts = kwargs, 0, []
+        self.settings, self.syncs, self.prompts, self.draws = kwargs, 0, [], []
 
     def sync_weights(self):
         self.syncs += 1
@@ -622,16 +622,17 @@ class StubEngine:
         assert images is None
         assert num_generations == 1
         self.prompts.append(prompts)
+        self.draws.append(torch.rand(()).item())
         return prompts, [hashed_completion(prompt) for prompt in prompts], None, None
 
 
-def test_vllm_samples_with_the_newest_weights(tmp_path, monkeypatch):
-    import trl.generation.vllm_generation
+@pytest.fixture
+def vllm_stub(monkeypatch):
+    monkeypatch.setattr("trl_ext.tropd.sampling.is_vllm_available", lambda: True)
+    monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", StubEngine)
 
-    import trl_ext.tropd.sampling
 
-    monkeypatch.setattr(trl_ext.tropd.sampling, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(trl.generation.vllm_generation, "VLLMGeneration", StubEngine)
+def test_vllm_samples_with_the_newest_weights(tmp_path, vllm_stub):
     finals = []
     for use_vllm in (True, False):
         trainer = make_trainer(tmp_path, use_vllm=use_vllm, temperature=0.8, guidance="dataset", lmbda=0.7)
@@ -652,7 +653,30 @@ def test_vllm_samples_with_the_newest_weights(tmp_path, monkeypatch):
 from trl.generation.vllm_generation import VLLMGeneration as REAL_ENGINE  # noqa: E402
 
 
-def test_without_vllm_it_is_asked_for(tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "alike"),
+    [
+        ({"vllm_tensor_parallel_size": 2}, [0, 0, 1, 1]),  # each rank of an engine generates all of its prompts
+        ({"vllm_tensor_parallel_size": 1}, [0, 1, 2, 3]),
+        ({"vllm_tensor_parallel_size": 2, "vllm_mode": "server"}, [0, 1, 2, 3]),
+    ],
+)
+def test_the_ranks_of_one_engine_draw_alike_and_no_others(tmp_path, monkeypatch, vllm_stub, engine, alike):
+    trainer = make_trainer(tmp_path, use_vllm=True, guidance="dataset", **engine)
+    drawn, own_draws = [], []
+    for process in range(4):
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", process)
+        state = torch.get_rng_state()
+        (batch,) = micro_batches(trainer, 8, 8)
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn.append(trainer.sampler._vllm.draws[-1])
+        own_draws.append(batch["draws"][batch["completion_mask"].bool()].tolist()[:4])
+    assert [drawn.index(draw) for draw in drawn] == [alike.index(engine) for engine in alike]
+    assert len({str(draws) for draws in own_draws}) == 4
+
+
+def test_without_vllm_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ext.tropd.sampling.is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match="pip install trl"):
         make_trainer(tmp_path, use_vllm=True)
 

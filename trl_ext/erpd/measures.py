@@ -8,24 +8,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from trl_ext.random_state import engine_index, isolated_rng
+
 
 Samples = list[dict[str, Any]]  # one dict a batch, on the CPU
 
 
-@contextmanager
-def isolated_rng(accelerator: Accelerator, seed: int) -> Iterator[None]:
-    """Random draws of torch inside this context depend on `seed` alone and do not change the draws after it."""
-    device = accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def sampling_seed(trainer: Any) -> int:
-    """Differs between processes that sample for themselves; the ranks of one vLLM engine must draw alike."""
-    args = trainer.args
-    one_engine = args.vllm_tensor_parallel_size if args.use_vllm and args.vllm_mode == "colocate" else 1
-    return args.seed + trainer.accelerator.process_index // one_engine
+    """Differs between processes that sample for themselves."""
+    return trainer.args.seed + engine_index(trainer.args, trainer.accelerator.process_index)
 
 
 @contextmanager

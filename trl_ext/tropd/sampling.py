@@ -12,6 +12,7 @@ from trl.distributed import DistributedBackend
 from trl.import_utils import is_vllm_available
 from trl.models.utils import unwrap_model_for_generation
 
+from trl_ext.random_state import engine_index, isolated_rng
 from trl_ext.tropd.rollouts import left_padded
 
 
@@ -79,7 +80,10 @@ class RolloutSampler:
         if step != self._loaded_step or not self.trainer.model.training:  # other weights may have been loaded since
             self._vllm.sync_weights()
             self._loaded_step = step
-        _, completions, *_ = self._vllm.generate(prompts=prompts, images=None, num_generations=1)
+        accelerator = self.trainer.accelerator
+        seed = self.trainer.rollout_seed(engine_index(self.trainer.args, accelerator.process_index))
+        with isolated_rng(accelerator, seed):
+            _, completions, *_ = self._vllm.generate(prompts=prompts, images=None, num_generations=1)
         return [list(completion) for completion in completions]
 
     def from_teacher(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ from trl_ext.losses import least_of_top_share, longest_prefix
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
 from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
+from trl_ext.random_state import isolated_rng
 from trl_ext.teacher import TeacherMixin, make_teacher, text_tokenizer
 from trl_ext.tropd.objective import completion_loss, objective_of, own_mask, teacher_top_k
 from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
@@ -247,14 +248,10 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     def _make_rollouts(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """One batch of tokens and teacher's scores for each batch of prompts."""
         device = self.accelerator.device
-        # Of this step and this process alone: TRL seeds all processes alike, and their samples would be the same
         self._eval_batches = 0 if self.model.training else self._eval_batches + 1
-        key = (self.args.seed, self.state.global_step, self.accelerator.process_index, self._eval_batches)
-        generator = torch.Generator().manual_seed(random.Random(str(key)).getrandbits(62))
+        generator = torch.Generator().manual_seed(self.rollout_seed(self.accelerator.process_index))
         rows = [unpad(batch) for batch in batches]
-        accelerators = [] if device.type == "cpu" else [device.index or 0]
-        with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with isolated_rng(self.accelerator, int(torch.randint(2**62, (), generator=generator))):
             rollouts = iter(roll_out(self, [row for batch in rows for row in batch], generator))
         made = []
         for batch in rows:
@@ -272,6 +269,14 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             self._find_uncertain(made)
         self._count(made)
         return made
+
+    def rollout_seed(self, index: int) -> int:
+        """
+        The seed of the rollouts being made, for the process or the engine with this index: TRL seeds all processes
+        alike, and their samples would be the same.
+        """
+        key = (self.args.seed, self.state.global_step, index, self._eval_batches)
+        return random.Random(str(key)).getrandbits(62)
 
     def _find_uncertain(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """
