@@ -1,10 +1,50 @@
+"""Workers for the whole suite, the `slow` marker, and one thread per process."""
+
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of a few thousand parameters only wait for each other on more
 
+import pytest
 import torch
 
 
-torch.set_num_threads(1)  # models of a few thousand parameters only wait for each other on more
+torch.set_num_threads(1)
+
+TESTS = Path(__file__).parent
+# In the order in which they start, so that no worker is left with a long file at the end. Most of their tests are
+# slow, because they start processes, each of which imports torch and TRL.
+SLOW_FOLDERS = ("distributed", "real_vllm", "examples")
+# In them, the tests that use one of these fixtures do; the others are as fast as any.
+STARTS_PROCESSES = {"launch", "one_process", "paths", "path", "cache", "in_own_process"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """
+    The whole suite takes one worker per core, at most 8. Named tests, `--pdb` and `-n` are left as they are, so that a
+    test that is being worked on runs in this process.
+    """
+    option = config.option
+    whole_suite = config.args_source is config.ArgsSource.TESTPATHS
+    if not (whole_suite and config.pluginmanager.hasplugin("xdist")) or option.usepdb or option.collectonly:
+        return
+    if option.numprocesses is None:
+        option.numprocesses = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"  # a file's tests share runs
+        option.loadscopereorder = False  # the order below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if folder(item) in SLOW_FOLDERS and STARTS_PROCESSES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: SLOW_FOLDERS.index(folder(item)) if folder(item) in SLOW_FOLDERS else 9)
+
+
+def folder(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).parts[0]
