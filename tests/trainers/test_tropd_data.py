@@ -79,11 +79,23 @@ def test_a_tokens_beginning_and_what_a_template_writes_after_the_end():
     assert prompt[0] != tokenizer.bos_token_id  # a template writes its own
 
 
+def test_tools_as_a_list_or_as_json_text():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ tools[0].name }}" + tiny.CHAT_TEMPLATE
+    row = {"messages": [message("user", "1"), message("assistant", "2")]}
+    expected = [(ids("addu(1)a("), ids("2)"))]
+    for tools in ([{"name": "add"}], '[{"name": "add"}]'):
+        assert unpad(PromptCollator(tokenizer)([{**row, "tools": tools}])) == expected
+    assert pairs([{**row, "tools": ""}]) == pairs([{**row, "tools": None}]) == pairs([row])
+    with pytest.raises(ValueError, match=r"not JSON .*json\.dumps"):
+        pairs([{**row, "tools": "add"}])
+
+
 def test_a_template_that_renders_prompts_otherwise_is_announced():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("a({%", "a(think{%")
     rows = [{"prompt": [message("user", "1")], "completion": [message("assistant", "2")]}]
-    with pytest.warns(UserWarning, match="renders the prompt otherwise"):
+    with pytest.warns(UserWarning, match="renders the prompt differently"):
         assert unpad(PromptCollator(tokenizer)(rows)) == [(ids("u(1)a(think"), ids("2)"))]
 
 

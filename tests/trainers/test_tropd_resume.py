@@ -1,4 +1,6 @@
-"""A run of TrOPD that is resumed is the run that was never stopped, to the bit."""
+"""A resumed run of TrOPD is the run that was never stopped, to the bit."""
+
+import shutil
 
 import pytest
 import torch
@@ -13,29 +15,48 @@ RUNS = {
 }
 
 
+def run(folder, overrides, resume=None):
+    """12 rows are 1.5 steps per epoch, 3 in groups of two: each stop is in another place of an epoch."""
+    trainer = make_trainer(
+        folder,
+        dataset=sums(12),
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=5,
+        lr_scheduler_type="linear",
+        **overrides,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    names = ("loss", "teacher/kl", "guidance/share", "entropy")
+    logs = [{name: log.get(name) for name in names} for log in trainer.state.log_history]
+    return {name: value.clone() for name, value in trainer.model.named_parameters()}, logs[:-1]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def whole_run(request, tmp_path_factory):
+    """Its folder, its settings, and what it leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, RUNS[request.param], run(folder, RUNS[request.param])
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4])
-@pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
-def test_exactly(tmp_path, overrides, stop):
-    """12 rows are 1.5 steps an epoch, 3 in groups of two: each stop is in another place of an epoch."""
-
-    def run(resume=None, **more):
-        trainer = make_trainer(
-            tmp_path,
-            dataset=sums(12),
-            save_strategy="steps",
-            save_steps=1,
-            max_steps=5,
-            lr_scheduler_type="linear",
-            **overrides,
-            **more,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        names = ("loss", "teacher/kl", "guidance/share", "entropy")
-        logs = [{name: log.get(name) for name in names} for log in trainer.state.log_history]
-        return {name: value.clone() for name, value in trainer.model.named_parameters()}, logs
-
-    whole, logs = run()
+def test_exactly(tmp_path, whole_run, stop):
+    folder, overrides, (weights, logs) = whole_run
     torch.manual_seed(99)
-    resumed, resumed_logs = run(str(tmp_path / f"checkpoint-{stop}"))
-    assert_same(whole, resumed, rtol=0, atol=0)
-    assert logs[:-1] == resumed_logs[:-1]
+    resumed, resumed_logs = run(tmp_path, overrides, str(folder / f"checkpoint-{stop}"))
+    assert_same(weights, resumed, rtol=0, atol=0)
+    assert logs == resumed_logs
+
+
+@pytest.mark.parametrize("whole_run", ["tropd"], indirect=True)
+def test_from_the_last_checkpoint_that_is_whole(tmp_path, whole_run, caplog):
+    folder, overrides, (weights, logs) = whole_run
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for step, name in ((5, "optimizer.pt"), (4, "model.safetensors")):
+        file = tmp_path / f"checkpoint-{step}" / name
+        file.write_bytes(file.read_bytes()[:-100])
+    with caplog.at_level("WARNING"):
+        resumed, resumed_logs = run(tmp_path, overrides, True)
+    assert "checkpoint-4 is passed over, because model.safetensors is cut short" in caplog.text
+    assert_same(weights, resumed, rtol=0, atol=0)
+    assert logs == resumed_logs

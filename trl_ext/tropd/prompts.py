@@ -1,5 +1,6 @@
-"""From a dataset's rows to token ids: prompts, and the completions that belong to them."""
+"""From the rows of a dataset to token ids: prompts, and the completions that belong to them."""
 
+import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from trl.trainer.utils import pad
 from trl_ext.dataset_columns import known_columns
 
 
-IGNORED = -100  # the label of what is no completion
+IGNORED = -100  # the label of everything but completion tokens
 
 
 @dataclass
@@ -20,18 +21,19 @@ class PromptCollator:
     """
     Batches with the keys of GKD's own collator ([`~trl.experimental.utils.DataCollatorForChatML`]), all left-padded
     tensors of shape `(batch, length)`: `prompts`, `prompt_attention_mask`, and `input_ids`, `attention_mask`, `labels`
-    (-100 on what is no completion) of prompt and completion together.
+    (-100 everywhere but on the completion) of prompt and completion together.
 
-    A row has `messages`, whose last, if it is the assistant's, is the completion; or a `prompt` and perhaps a
-    `completion`, as text or as messages. Prompt and completion are tokenized apart, since the prompt is alone when
-    completions are sampled: no token lies across their border.
+    A row has `messages`, of which the last is the completion if it is the assistant's; or a `prompt` and optionally a
+    `completion`, both as text or both as messages. `tools` (a list, or JSON text) and `chat_template_kwargs` go to the
+    chat template. Prompt and completion are tokenized separately, because completions are sampled after a prompt that
+    was tokenized alone: no token lies across their border.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.
         max_length (`int`, *optional*):
-            Longest prompt and completion together, in tokens. What exceeds it is cut from the end of the completion,
-            and from the beginning of a prompt that alone is longer: never does a completion cost its prompt a token.
+            Maximum length of prompt and completion together, in tokens. A longer row loses the end of its completion;
+            a prompt that is longer by itself loses its beginning. A completion never costs its prompt a token.
         completions (`bool`, defaults to `True`):
             Whether completions are needed.
     """
@@ -63,20 +65,20 @@ class PromptCollator:
         if not self.completions or not completion:
             return prompt_ids, []
         completion_ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
-        if self.tokenizer.eos_token_id in completion_ids:  # templates write a line's end after it
+        if self.tokenizer.eos_token_id in completion_ids:  # many templates write a newline after it
             completion_ids = completion_ids[: completion_ids.index(self.tokenizer.eos_token_id) + 1]
         return prompt_ids, completion_ids
 
     def _render(self, row: dict[str, Any], prompt: list[dict], completion: list[dict] | None) -> tuple[str, str]:
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        options = {"tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
         prompt_text = apply_chat_template({"prompt": prompt}, self.tokenizer, **options)["prompt"]
         if not completion or not self.completions:
             return prompt_text, ""
         both = apply_chat_template({"prompt": prompt, "completion": completion}, self.tokenizer, **options)
         if both["prompt"] != prompt_text:
             warnings.warn(  # shown once; a logger of accelerate's has no state in a data loader's process
-                "The chat template renders the prompt otherwise when a completion follows it: the dataset's "
-                "completions do not begin exactly where those that the student samples begin.",
+                "The chat template renders the prompt differently when a completion follows it: the completions of "
+                "the dataset do not begin exactly where those that the student samples begin.",
                 stacklevel=2,
             )
         return prompt_text, both["completion"]
@@ -92,8 +94,20 @@ class PromptCollator:
         return pad([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=value, padding_side="left")
 
 
+def _tools(row: dict[str, Any]) -> Any:
+    tools = row.get("tools")
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools) if tools else None
+    except ValueError as error:
+        raise ValueError(
+            f"A row's 'tools' are text that is not JSON ({error}): write them with json.dumps(), or as a list."
+        ) from error
+
+
 def split_row(row: dict[str, Any]) -> tuple[Any, Any]:
-    """Prompt and completion of a dataset's row, each as it stands there; `None` for a completion that is not there."""
+    """Prompt and completion of a row, as they are in the dataset; `None` for a completion that is missing."""
     messages = row.get("messages")
     if messages == [] or (messages is None and row.get("prompt") in ("", [])):
         raise ValueError("A row's prompt is empty: remove such rows, e.g. with dataset.filter().")
@@ -104,7 +118,7 @@ def split_row(row: dict[str, Any]) -> tuple[Any, Any]:
     if row.get("prompt") is None:
         raise ValueError(
             f"TrOPDTrainer needs 'messages' or a 'prompt' in every row, but one has only "
-            f"{', '.join(map(repr, row))}: rename yours, e.g. with dataset.rename_column()."
+            f"{', '.join(map(repr, row))}: rename the column that holds the prompts, with dataset.rename_column()."
         )
     prompt, completion = row["prompt"], row.get("completion") or None
     if completion is not None and isinstance(prompt, str) != isinstance(completion, str):
@@ -125,11 +139,15 @@ def unpad(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
 
 def check_columns(trainer: str, dataset: Any, name: str, needs_completions: str | None) -> None:
     """
-    Raises a `ValueError` for a dataset whose columns are known and are not what is needed.
+    Raises a `ValueError` for a dataset whose columns are known and lack what is needed.
 
     Args:
+        trainer (`str`):
+            Name of the trainer, for messages.
+        name (`str`):
+            Name of the argument that the dataset was passed as.
         needs_completions (`str`, *optional*):
-            The setting that needs completions.
+            The setting that needs completions, if one does.
     """
     columns = known_columns(trainer, dataset, name, ("messages", "prompt"))
     if not columns:
@@ -141,15 +159,15 @@ def check_columns(trainer: str, dataset: Any, name: str, needs_completions: str 
         )
     if not needs_completions:
         return
-    mend = "set lmbda=1.0" if needs_completions.startswith("lmbda") else "set another guidance"
+    fix = "set lmbda=1.0" if needs_completions.startswith("lmbda") else "set another guidance"
     if not {"messages", "completion"} & set(columns):
         found = ", ".join(map(repr, columns))
         raise ValueError(
             f"{needs_completions} needs completions, but `{name}` has only {found}: add a 'completion' column, or "
-            f"{mend}."
+            f"{fix}."
         )
     if split_row(next(iter(dataset)))[1] is None:
         raise ValueError(
             f"{needs_completions} needs completions, but the first row of `{name}` has none: end its messages with "
-            f"the assistant's, fill its 'completion', or {mend}."
+            f"one from the assistant, fill its 'completion', or {fix}."
         )
