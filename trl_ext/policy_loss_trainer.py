@@ -1,6 +1,10 @@
-"""`GRPOTrainer` with its per-token policy loss as one method. The only file that knows GRPO's private methods."""
+"""
+`GRPOTrainer` with its per-token policy loss as one method: the seam to TRL. What subclasses need of GRPO's private
+methods they get as public methods here; `rollout_checkpoint.py` has what makes a run resume exactly.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,8 +25,7 @@ from trl_ext.losses import TokenLoss
 from trl_ext.losses.token_loss import bounded_behaviour_logps
 from trl_ext.metrics import TokenMetrics
 from trl_ext.policy_loss_checks import check_sampler_logps, checked_token_loss, without_advice
-from trl_ext.rollout_checkpoint import load_rollouts, remove_rollouts, save_rollouts
-from trl_ext.whole_checkpoint import WholeCheckpoints
+from trl_ext.rollout_checkpoint import RolloutCheckpoints
 
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ VISION_INPUTS = (
 )
 
 
-class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
+class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     r"""
     [`~trl.GRPOTrainer`] with another per-token policy loss: a subclass writes `policy_loss`, and all the rest
     (generation, rewards, masks, KL, aggregation, entropy bonus, auxiliary loss, metrics) remains TRL's own code.
@@ -67,11 +70,14 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
     # the rollout has them) and not against the training model's old log-probabilities. If so there is neither a pass
     # to compute the latter, nor vLLM's importance sampling correction, which would correct the same thing again.
     anchored_to_sampler = False
+    # Whether `old_per_token_logps` are needed where there are no sampler's log-probabilities to use
+    needs_old_logps = True
 
     epsilon_low: float
     epsilon_high: float
     vllm_importance_sampling_correction: bool
-    _buffered_inputs: list[dict[str, Any]] | None
+    reward_weights: torch.Tensor
+    _last_loaded_step: int
 
     def __init__(
         self,
@@ -97,7 +103,9 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
             check_prompt_column(type(self).__name__, train_dataset, eval_dataset)
         self.before_loading(model, args, processing_class)
         self._loss_inputs: dict[str, Any] | None = None  # the batch, while `_compute_loss` works on it
-        self._skips_old_pass = False
+        self._loss_scope = ExitStack()
+        self._skips_old_pass = False  # until the pass that scores the old policy
+        self.rewards_per_function = torch.empty(0, 0)  # of the last rollout batch: (rollouts, functions)
         self._token_metrics = {"train": TokenMetrics(), "eval": TokenMetrics()}
         # TRL's advice for this aggregation is a sequence-level ratio, which a per-token loss cannot have
         with without_advice("trl.trainer.grpo_trainer", "When using `'luspo'` loss"):
@@ -176,9 +184,50 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
             mask (`torch.Tensor` of shape `(batch, time)`):
                 Non-zero for the tokens that the policy wrote.
             inputs (`dict[str, Any]`):
-                The whole batch, with what a subclass's `_generate_and_score_completions` added to it.
+                The whole batch, with what `finish_rollouts` added to it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define policy_loss().")
+
+    # ---- what else a subclass may change or use, each with GRPO's behaviour as its default
+
+    def loss_settings(self) -> dict[str, Any]:
+        """Attributes of the trainer that have another value while the loss is computed, and only then."""
+        return {}
+
+    def kl_behaviour_logps(self, behaviour_logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Log-probabilities (nats), of shape `(batch, time)`, under the policy that sampled the tokens, by which TRL
+        weighs its estimate of the KL divergence: by default those that the policy loss had.
+        """
+        return behaviour_logps
+
+    def training_inputs(self, inputs: Any) -> dict[str, Any]:
+        """The micro-batch to train on: by default a part of a rollout batch, which TRL makes and keeps."""
+        return super()._prepare_inputs(inputs)
+
+    def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """
+        Adds to a rollout batch what `policy_loss` needs: batch-first tensors, which TRL shuffles and splits with it.
+        """
+        return batch
+
+    def roll_out(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """This process's completions of `rows`, scored and rewarded as TRL does it."""
+        return self._generate_and_score_completions(rows)
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """
+        Of the last rollout batch, on all processes and of shape `(rollouts,)`: the weighted sum over the reward
+        functions, NaN where none gave a reward.
+        """
+        per_function = self.rewards_per_function
+        total = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        return total.masked_fill(per_function.isnan().all(1), torch.nan)
+
+    def weights_have_changed(self) -> None:
+        """Makes vLLM fetch the weights before it generates again, within the same step too."""
+        self._last_loaded_step = -1
 
     def score_completions(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """
@@ -205,19 +254,45 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
-        bounds = self.epsilon_low, self.epsilon_high, self.args.delta
-        self._loss_inputs = inputs = dict(inputs)  # a copy, because the rollout batch is used again
-        try:
+        with ExitStack() as self._loss_scope:  # which puts back, also when interrupted, what the loss changes
+            self._loss_scope.enter_context(self._replaced(**self.loss_settings()))
+            self._loss_inputs = inputs = dict(inputs)  # a copy, because the rollout batch is used again
+            self._loss_scope.callback(setattr, self, "_loss_inputs", None)
             loss = super()._compute_loss(model, inputs)
-        finally:
-            self._loss_inputs = None
-            self.__dict__.pop("get_off_policy_mask", None)
-            self.epsilon_low, self.epsilon_high, self.args.delta = bounds
         for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"):
             self._metrics[mode].pop(f"clip_ratio/{name}", None)  # of clips that are constant now
         if mode == "eval" or self.accelerator.sync_gradients:
             self._token_metrics[mode].reduce(self.accelerator)
         return loss
+
+    @contextmanager
+    def _replaced(self, **values: Any) -> Iterator[None]:
+        """Attributes of the trainer have other values; afterwards all is as before."""
+        before = {name: self.__dict__[name] for name in values if name in self.__dict__}
+        self.__dict__.update(values)
+        try:
+            yield
+        finally:
+            for name in values:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
+
+    @contextmanager
+    def _saturated_clips(self, advantages: torch.Tensor) -> Iterator[None]:
+        """Makes TRL's surrogate the value that stands in the advantages' place, whose part these play no more."""
+        delta, judge = self.args.delta, self.get_off_policy_mask
+        values = {
+            "epsilon_low": float("inf"),
+            "epsilon_high": -2.0,
+            # It goes by the sign of the advantages; TRL would hand it what now stands in their place
+            "get_off_policy_mask": lambda **kwargs: judge(**{**kwargs, "advantages": advantages}),
+        }
+        self.args.delta = -1.0
+        try:
+            with self._replaced(**values):
+                yield
+        finally:
+            self.args.delta = delta
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         if self._skips_old_pass and model is self.model:
@@ -252,78 +327,36 @@ class PolicyLossTrainer(WholeCheckpoints, GRPOTrainer):
         self._token_metrics["train" if self.model.training else "eval"].update(metrics, mask)
 
         # For TRL's own ratio, which weighs the KL term and would make inf or NaN of impossible tokens
-        behaviour_logps = logps if behaviour_logps is None else behaviour_logps
+        behaviour_logps = self.kl_behaviour_logps(logps if behaviour_logps is None else behaviour_logps, inputs)
         inputs["old_per_token_logps"] = bounded_behaviour_logps(logps, behaviour_logps)
-        # The off-policy mask goes by the sign of the advantages; TRL would hand it what now stands in their place
-        mask_function = self.get_off_policy_mask
-        self.__dict__["get_off_policy_mask"] = lambda **kwargs: mask_function(**{**kwargs, "advantages": advantages})
         inputs["advantages"] = token_loss.loss
-        self.epsilon_low, self.epsilon_high, self.args.delta = float("inf"), -2.0, -1.0
+        self._loss_scope.enter_context(self._saturated_clips(advantages))
+
+    # ---- rollouts
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        return self.training_inputs(inputs) if self.model.training else super()._prepare_inputs(inputs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.finish_rollouts(super()._generate_and_score_completions(inputs))
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+        return self.rewards_per_function
 
     def _generate(self, prompts: list):
         outputs = super()._generate(prompts)
         completion_ids, sampler_logps = outputs[1], outputs[4]
-        self._skips_old_pass = False
         if self._uses_sampler_logps:
             check_sampler_logps(self.accelerator, completion_ids, sampler_logps)
-            # The pass that TRL makes next, where the update is not aligned with the generation, is the old policy's
-            self._skips_old_pass = (
-                sampler_logps is not None and self.args.gradient_accumulation_steps % self._generate_every != 0
-            )
+        # The next pass of the model is the old policy's, where TRL makes one
+        makes_old_pass = self.args.gradient_accumulation_steps % self._generate_every != 0
+        has_old_logps = self._uses_sampler_logps and sampler_logps is not None
+        self._skips_old_pass = makes_old_pass and (has_old_logps or not self.needs_old_logps)
         return outputs
-
-    @property
-    def _generate_every(self) -> int:
-        return self.args.steps_per_generation * self.num_iterations
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         for name, value in self._token_metrics[mode].pop().items():
             self._metrics[mode][name].append(value)
         super().log(logs, start_time)
-
-    # TRL samples anew when it resumes, its schedule of generations starts again from there, and so does its sampler's
-    # shuffling. So the rollouts that are still in use are part of our checkpoints, and the sampler is wound on.
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        self._save_rollouts(output_dir)
-
-    def _save_rollouts(self, output_dir: str) -> None:
-        process = self.accelerator.process_index
-        if self._buffered_inputs is not None and self._step % self._generate_every != 0:
-            save_rollouts(output_dir, self._buffered_inputs, self._step, self._run_identity(), process)
-        else:
-            remove_rollouts(output_dir, process)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_rollouts(checkpoint)
-
-    def _load_rollouts(self, checkpoint: str) -> None:
-        device = self.accelerator.device
-        rollouts = load_rollouts(checkpoint, self._run_identity(), self.accelerator.process_index, device)
-        loaded = self.accelerator.gather(torch.tensor([rollouts is not None], device=device))
-        # All processes or none: one that generates waits for the others
-        fresh: tuple[Any, int] = (None, 0)
-        self._buffered_inputs, self._step = rollouts if rollouts is not None and loaded.all() else fresh
-        sampler = getattr(self, "_train_sampler", None)
-        if sampler is not None and sampler.shuffle:
-            for _ in range(int(self.state.epoch or 0)):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-    def _run_identity(self) -> dict[str, Any]:
-        """What rollouts of a checkpoint depend on."""
-        names = ["per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"]
-        names += ["num_iterations", "num_generations", "max_completion_length"]
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "reference": self.beta != 0.0,
-            "global_step": self.state.global_step,
-            **{name: getattr(self.args, name) for name in names},
-        }

@@ -1,4 +1,4 @@
-"""Saves the rollouts that are still to be trained on, so that a run resumes exactly between two generations."""
+"""Keeps the rollouts that are still to be trained on, so that a run resumes exactly between two generations."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,73 @@ from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from trl_ext.whole_checkpoint import WholeCheckpoints
+
 
 logger = get_logger(__name__)
 
-Batches = list[dict[str, Any]]  # one dict a micro-batch: tensors, lists of numbers, None
+Batches = list[dict[str, Any]]  # one dictionary per micro-batch: tensors, lists of numbers, None
+
+
+class RolloutCheckpoints(WholeCheckpoints):
+    """
+    A [`~trl.GRPOTrainer`] that resumes exactly at any step.
+
+    TRL itself samples anew when it resumes, and its schedule of generations and its sampler's shuffling start again
+    from there. So the rollouts that are still in use are part of our checkpoints, and the sampler is wound on.
+    """
+
+    _buffered_inputs: list[dict[str, Any]] | None
+    _step: int
+    num_iterations: int
+    beta: float
+
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._save_rollouts(output_dir)
+
+    def _save_rollouts(self, output_dir: str) -> None:
+        process = self.accelerator.process_index
+        if self._buffered_inputs is not None and self._step % self._generate_every != 0:
+            save_rollouts(output_dir, self._buffered_inputs, self._step, self._run_identity(), process)
+        else:
+            remove_rollouts(output_dir, process)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
+        device = self.accelerator.device
+        rollouts = load_rollouts(checkpoint, self._run_identity(), self.accelerator.process_index, device)
+        loaded = self.accelerator.gather(torch.tensor([rollouts is not None], device=device))
+        # All processes or none: one that generates waits for the others
+        fresh: tuple[Any, int] = (None, 0)
+        self._buffered_inputs, self._step = rollouts if rollouts is not None and loaded.all() else fresh
+        sampler = getattr(self, "_train_sampler", None)
+        if sampler is not None and sampler.shuffle:
+            for _ in range(int(self.state.epoch or 0)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def _run_identity(self) -> dict[str, Any]:
+        """What rollouts of a checkpoint depend on."""
+        names = ["per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"]
+        names += ["num_iterations", "num_generations", "max_completion_length"]
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "reference": self.beta != 0.0,
+            "global_step": self.state.global_step,
+            **{name: getattr(self.args, name) for name in names},
+        }
 
 
 def save_rollouts(folder: str, batches: Batches, step: int, run: dict[str, Any], process_index: int) -> None:

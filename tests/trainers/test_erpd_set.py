@@ -22,11 +22,11 @@ def sample_set(trainer, rewards, round_number=1):
 
     def sample(rows):
         advantages = torch.tensor([float(next(number)) for _ in rows])
-        trainer.rewards_of_all = torch.tensor([rewards[int(i)] for i in advantages])
+        trainer.rewards_per_function = torch.tensor([[rewards[int(i)]] for i in advantages])
         prompt, completion = torch.full((len(rows), 3), 5), torch.full((len(rows), 9), 6)
         rollouts = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "advantages": advantages}
         rollouts |= {"completion_ids": completion, "completion_mask": torch.ones_like(completion)}
-        return rollouts, trainer.rewards_of_all
+        return rollouts, trainer.rewards
 
     trainer.sample = sample
     return sample_fixed_set(trainer, round_number)

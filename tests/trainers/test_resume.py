@@ -132,8 +132,8 @@ def test_rollouts_of_an_earlier_run_in_the_same_folder_are_not_used(path, tmp_pa
 
 def test_a_batch_that_cannot_be_written_does_not_stop_the_run(path, tmp_path, caplog):
     class Scribbler(DRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            return {**super()._generate_and_score_completions(inputs), "notes": [torch.zeros(1)] * len(inputs)}
+        def finish_rollouts(self, batch):
+            return {**batch, "notes": [torch.zeros(1)] * len(batch["prompt_ids"])}
 
     args = DRPOConfig(**tiny.grpo_settings(tmp_path, save_strategy="steps", save_steps=1))
     trainer = Scribbler(path, tiny.digits_reward, args, tiny.prompts())

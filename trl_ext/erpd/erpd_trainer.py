@@ -3,8 +3,6 @@
 import copy
 import inspect
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from trl_ext.losses import (
     reward_regression_loss,
     sapo_loss,
 )
-from trl_ext.losses.token_loss import bounded_behaviour_logps
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.trust_regions import trust_region_loss, trust_region_warnings
 
@@ -76,6 +73,7 @@ class ERPDTrainer(PolicyLossTrainer):
 
     config_class = ERPDConfig
     anchored_to_sampler = True
+    needs_old_logps = False  # the set is scored in its own batches
 
     _tag_names = ["trl", "trl_ext", "erpd"]  # noqa: RUF012 - TRL's own form
     _name = "ERPD"
@@ -93,11 +91,9 @@ class ERPDTrainer(PolicyLossTrainer):
 
     lr_scheduler: Any
     _created_lr_scheduler: bool
-    _last_loaded_step: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._given = inspect.signature(PolicyLossTrainer.__init__).bind(self, *args, **kwargs).arguments
-        self.rewards_of_all = torch.empty(0)  # of the last rollout batch, all processes
         self._user_args: GRPOConfig | None = None
         try:
             super().__init__(*args, **kwargs)
@@ -192,9 +188,7 @@ class ERPDTrainer(PolicyLossTrainer):
             self.lr_scheduler.last_epoch = self.state.global_step - 1
             self.lr_scheduler.step()
 
-    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
-        if not self.model.training:
-            return super()._prepare_inputs(inputs)
+    def training_inputs(self, inputs: Any) -> dict[str, Any]:
         index = inputs[0] // (self._train_batch_size * self.accelerator.num_processes)
         return self._stages.micro_batch(self.state.global_step, index)
 
@@ -226,25 +220,9 @@ class ERPDTrainer(PolicyLossTrainer):
 
     def sample(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
         """This process's rollouts as TRL makes them, and their rewards."""
-        rollouts = self._generate_and_score_completions(rows)
+        rollouts = self.roll_out(rows)
         first = self.accelerator.process_index * len(rows)
-        return rollouts, self.rewards_of_all[first : first + len(rows)]
-
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        per_function = super()._calculate_rewards(*args)
-        self.rewards_of_all = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
-        self.rewards_of_all[per_function.isnan().all(1)] = torch.nan
-        return per_function
-
-    def _generate(self, prompts: list) -> Any:
-        outputs = super()._generate(prompts)
-        # The set is scored in its own batches: TRL's pass for old log-probabilities would be for nothing
-        self._skips_old_pass = self.args.gradient_accumulation_steps % self._generate_every != 0
-        return outputs
-
-    def weights_have_changed(self) -> None:
-        """Tells vLLM to fetch the weights before it generates again, within the same step too."""
-        self._last_loaded_step = -1
+        return rollouts, self.rewards[first : first + len(rows)]
 
     # ---- the loss
 
@@ -288,37 +266,25 @@ class ERPDTrainer(PolicyLossTrainer):
         token_loss.metrics["kl_from_base"] = base_logps - per_token_logps.detach()
         return token_loss
 
-    def _insert_policy_loss(self, inputs: dict[str, Any], logps: torch.Tensor) -> None:
-        super()._insert_policy_loss(inputs, logps)
-        if self.model.training and self._phase.stage == 2:
-            # What TRL corrects its KL estimate by: the tokens are the base policy's, whatever the anchor is
-            inputs["old_per_token_logps"] = bounded_behaviour_logps(logps, inputs["base_logps"])
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self.model.training:
-            return super()._compute_loss(model, inputs)
-        with self._settings_of(self._phase):
-            return super()._compute_loss(model, inputs)
+    def kl_behaviour_logps(self, behaviour_logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        # In stage 2 the tokens are the base policy's, whatever the anchor is
+        in_stage_2 = self.model.training and self._phase.stage == 2
+        return inputs["base_logps"] if in_stage_2 else behaviour_logps
 
     @property
     def _phase(self) -> Phase:
         return self.schedule.at_step(self.state.global_step)
 
-    @contextmanager
-    def _settings_of(self, phase: Phase) -> Iterator[None]:
-        """What GRPO's settings of the update are in a phase: their own values in stage 2, off in stage 1."""
-        if phase.stage == 2:
-            settings: dict[str, Any] = {"beta": self._distillation_beta}
-        else:
-            settings = {"top_entropy_quantile": 1.0, "_entropy_bonus_enabled": False}
-            if phase.loss != "sapo":
-                settings["loss_type"] = "luspo"  # the mean over sequences of the sum over their tokens
-        before = {name: getattr(self, name) for name in settings}
-        self.__dict__.update(settings)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
+    def loss_settings(self) -> dict[str, Any]:
+        """GRPO's settings of the update: their own values in stage 2, off in stage 1."""
+        if not self.model.training:
+            return {}
+        if self._phase.stage == 2:
+            return {"beta": self._distillation_beta}
+        settings: dict[str, Any] = {"top_entropy_quantile": 1.0, "_entropy_bonus_enabled": False}
+        if self._phase.loss != "sapo":
+            settings["loss_type"] = "luspo"  # the mean over sequences of the sum over their tokens
+        return settings
 
     # ---- checkpoints
 

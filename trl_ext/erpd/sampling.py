@@ -36,7 +36,7 @@ def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSe
                 "train with DRPOTrainer."
             )
         chunks.append(rows_of(rollouts, rewards))
-        rewards_of_chunks.append(trainer.rewards_of_all.float().cpu())
+        rewards_of_chunks.append(trainer.rewards.float().cpu())
     all_rewards = torch.stack(rewards_of_chunks)  # (chunk, rollout)
     groups = all_rewards.view(-1, trainer.num_generations)
     agrees = ((groups - groups.nanmean(1, keepdim=True)).abs().nan_to_num() < 1e-6).all(1)

@@ -73,7 +73,6 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
 
     def __init__(self, *args: Any, teacher_model: "str | PreTrainedModel | PeftModel | None" = None, **kwargs: Any):
         self._teacher_model = teacher_model
-        self._rewards_per_func: torch.Tensor | None = None  # of the last rollout batch, all processes
         super().__init__(*args, **kwargs)
         self.prepare_teacher(self.eos_token_ids)
 
@@ -140,8 +139,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         progress = self.state.global_step / max(self.state.max_steps - 1, 1)
         return start + (end - start) * min(progress, 1.0)
 
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+    def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
         logps = self.teacher.sampled_logps(batch, lambda model: self.score_completions(model, batch))
         batch["teacher_per_token_logps"] = self.without_foreign_ends(logps, batch["completion_ids"])
         if DISTILLATIONS[self.args.distillation].penalty:
@@ -152,15 +150,9 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         args = self.args
         return {**super()._run_identity(), "teacher": self.teacher.name, "kdrl": [args.distillation, args.kdrl_mask]}
 
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args)
-        return self._rewards_per_func
-
     def _distilled(self, local_size: int) -> torch.Tensor:
         """1 where KDRL's penalty applies, of shape `(local_size, 1)`."""
-        assert self._rewards_per_func is not None  # `super()._generate_and_score_completions` has called for them
-        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
-        correct = rewards >= self.args.kdrl_correct_reward
+        correct = self.rewards >= self.args.kdrl_correct_reward
         if self.args.kdrl_mask == "none":
             correct = torch.zeros_like(correct)
         elif self.args.kdrl_mask == "group":
