@@ -163,12 +163,6 @@ def test_every_setting_of_the_papers_recipe_is_accepted(tmp_path, monkeypatch):
 # ---- the others
 
 
-def test_drpo_radius_study(tmp_path, cache):
-    out = run("studies/drpo_radius_study.py", tmp_path, cache, "--smoke", "--jobs", 1)
-    assert "| drpo " in out
-    assert (tmp_path / "drpo_radius_study" / "runs.csv").exists()
-
-
 SHORTER_LESSONS = """
 import dataclasses, runpy, sys
 sys.argv.pop(0)
@@ -314,14 +308,3 @@ def test_erpd_math_on_two_processes(tmp_path, cache):
     flags = [*ERPD_QUICK, "--num_held_out", 31, "--use_cpu", "--grpo_phases", 1]
     out = run("examples/erpd_math.py", tmp_path, cache, *flags, launch=launch)
     assert out.count("| ERPD, distilled policy") == out.count("| GRPO, 1 sampling phase") == 1
-
-
-def test_erpd_study(tmp_path, cache):
-    out = run("studies/erpd_study.py", tmp_path, cache, "--smoke")
-    assert "| ce              | unlearned_reference | 2" in out
-    assert len(list((tmp_path / "erpd_study").glob("ce_*.json"))) == 3
-    assert (tmp_path / "erpd_study" / "degradation.png").stat().st_size > 10_000
-    again = run("studies/erpd_study.py", tmp_path, cache, "--smoke")
-    assert [line for line in again.splitlines() if line.startswith("| ce")] == [
-        line for line in out.splitlines() if line.startswith("| ce")
-    ]

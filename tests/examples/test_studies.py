@@ -1,0 +1,101 @@
+"""The studies' runner: what it skips, what it measures, and that a tiny run of it works."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from studies import measures, runs, smoke
+from studies.low_precision import SAMPLERS
+from studies.tasks import TASKS
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_is_the_same_after_a_round_trip_through_its_result(tmp_path):
+    first, second = smoke.RUNS[0], smoke.RUNS[3]
+    runs.append_result("smoke", {"run": json.loads(first.key) | {"group": "another"}, "updates": 2}, tmp_path)
+    done = runs.finished("smoke", tmp_path)
+    assert first.key in done
+    assert second.key not in done
+    assert runs.with_seeds([first], [1])[0].key not in done
+
+
+def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: pytest.fail("waits") if seconds < 1 else None)
+    run = smoke.RUNS[0]
+    with runs.slot(2), runs.slot(2), runs.claimed("smoke", run) as ours, runs.claimed("smoke", run) as theirs:
+        assert (ours, theirs) == (True, False)
+        with pytest.raises(pytest.fail.Exception, match="waits"), runs.slot(2):
+            pass
+    with runs.slot(1):  # free again
+        pass
+
+
+def test_problems_to_choose_and_to_report_on_are_not_trained_on():
+    problems = TASKS["sums"].problems()
+    splits = [
+        {frozenset(prompt.rstrip("=").split("+")) for prompt in split["prompt"]}  # a+b and b+a alike
+        for split in (problems.train, problems.validation, problems.test)
+    ]
+    assert len(problems.validation) == 700
+    assert len(splits[0] | splits[1] | splits[2]) == sum(map(len, splits))
+
+
+def test_divergence_to_another_policy_is_the_sum_over_the_vocabulary(tmp_path):
+    one, other = (tiny.save_policy(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
+    model, base = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (one, other))
+    pad = AutoTokenizer.from_pretrained(one).pad_token_id
+    torch.manual_seed(0)
+    tokens = torch.randint(5, model.config.vocab_size, (2, 6))
+    tokens[1, 5] = pad
+    with torch.no_grad():
+        to_base, to_teacher, entropy, count = measures.compare(model, tokens, 2, base, None)
+        expected = torch.zeros(2)
+        for row, length in zip(tokens, (6, 5), strict=True):
+            own = model(row[None, :length]).logits[0, 1:-1].log_softmax(-1)
+            others = base(row[None, :length]).logits[0, 1:-1].log_softmax(-1)
+            expected += torch.stack([(own.exp() * (own - others)).sum(), -(own.exp() * own).sum()])
+    assert count == 7
+    assert to_teacher == 0
+    torch.testing.assert_close(torch.tensor([to_base, entropy]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rounding_has_as_many_levels_as_the_bits_say():
+    values = torch.linspace(-1, 1, 1001)[None]
+    assert len(SAMPLERS["4 bits"](values).unique()) == 15
+    assert SAMPLERS["8 bits"](values).sub(values).abs().max() <= 0.5 / 127 + 1e-6
+    assert SAMPLERS["bfloat16"](torch.tensor([1.001])).item() == 1.0
+
+
+def test_runs_are_made_once_and_measured(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRL_EXT_CACHE": str(tmp_path)}
+    environment |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}  # slots of its own
+    command = [sys.executable, "-m", "studies.run", "smoke", "--group", "quick", "--problems", "20"]
+    command += ["--results", str(tmp_path)]
+
+    def start():
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+
+    first = start()
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    grpo, drpo, erpd = runs.load_results("smoke", tmp_path)
+    assert [point["update"] for point in grpo["stages"][0]["curve"]] == [1, 2]
+    assert grpo["test"].keys() == drpo["validation"].keys() == {
+        "accuracy", "accuracy_greedy", "kl_to_base", "entropy", "length"
+    }  # fmt: skip
+    assert "test" not in drpo
+    assert [run["rollouts"] for run in (grpo, drpo, erpd)] == [32, 16, 256]
+    assert [run["sampling_phases"] for run in (grpo, drpo, erpd)] == [2, 1, 1]
+    assert [policy["policy"] for policy in erpd["stages"][0]["policies"]] == ["base", "teacher_mse", "distilled"]
+    assert erpd["validation"]["kl_to_base"] > 0
+    assert start().returncode == 0
+    assert len(runs.load_results("smoke", tmp_path)) == 3
