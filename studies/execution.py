@@ -96,7 +96,7 @@ def between_the_stages(log_history: list[dict[str, Any]]) -> list[dict[str, Any]
     """ERPD's own measures of its policies on the first 400 validation problems, in the order of measuring."""
     measured = []
     for log in log_history:
-        for policy in dict.fromkeys(key.split("/")[0] for key in log if key.endswith("/kl_per_sequence")):
+        for policy in dict.fromkeys(key.split("/")[0] for key in log if key.endswith("/reward")):
             values = {name: log.get(f"{policy}/{name}") for name in ("reward", "kl_per_sequence", "entropy")}
             measured.append({"round": log["round"], "policy": policy, **values})
     return measured
