@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from common.command_line import parse_arguments
-from common.console import metrics_line
 from common.report import Panel
 from common.training import own_math_task, report, run
 from embedded import tasks
 from embedded.arithmetic import TOKENS_PER_DIGIT
-from trl_ext import DRPOConfig, DRPOTrainer
+from trl_ext import DRPOConfig, DRPOTrainer, TrainingDiagnosticsCallback
 
 
 # For the embedded task; flags and a config file override them. A rollout batch of 256 completions (32 prompts) makes 4
@@ -47,7 +46,6 @@ EMBEDDED_DEFAULTS = {
     "logging_steps": 8,
     "bf16": False,
 }
-LINE = metrics_line(reward="reward", entropy="entropy", ratio_max="ratio/max", shift="probability_shift/mean")
 PANELS = (
     Panel("reward, mean of the rollouts", {"reward": "reward"}),
     Panel("|pi - mu|, shift of probability", {"probability_shift/mean": "mean", "probability_shift/max": "max"}),
@@ -81,11 +79,12 @@ def main(script_args: DRPOScriptArguments, training_args: DRPOConfig, model_args
         train_dataset=task.train,
         eval_dataset=task.held_out,
         processing_class=task.tokenizer,
+        callbacks=[TrainingDiagnosticsCallback()],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     settings = {"trust_region": training_args.trust_region, "trust_region_radius": trainer.trust_region_radius}
-    report([run(trainer, task, "DRPO", LINE, settings)], training_args.output_dir, PANELS)
+    report([run(trainer, task, "DRPO", settings)], training_args.output_dir, PANELS)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from common.training import own_math_task, run
 from embedded import tasks
 from embedded.arithmetic import TOKENS_PER_DIGIT
 from embedded.compared import comparison_table, measure_policies, policies_of_erpd, train_grpo
-from trl_ext import ERPDConfig, ERPDTrainer
+from trl_ext import ERPDConfig, ERPDTrainer, TrainingDiagnosticsCallback
 
 
 # For the embedded task; flags and a config file override them. What they are based on: docs/erpd.md
@@ -83,10 +83,11 @@ def main(script_args: ERPDScriptArguments, training_args: ERPDConfig, model_args
         train_dataset=task.train,
         eval_dataset=task.held_out,
         processing_class=task.tokenizer,
+        callbacks=[TrainingDiagnosticsCallback(verbose=False)],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    erpd = run(trainer, task, "ERPD", boundary_line)
+    erpd = run(trainer, task, "ERPD", line=boundary_line)
     folder = Path(training_args.output_dir)
     table, policies = policies_table(erpd.log_history), []
     if embedded and task.held_out is not None:

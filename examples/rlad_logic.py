@@ -24,13 +24,12 @@ from typing import Any
 from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from common.command_line import add_model_init_kwargs, parse_arguments
-from common.console import metrics_line
 from common.report import Panel
 from common.training import Task, evaluate_at_start, load_tokenizer, report, run
 from embedded import tasks
 from embedded.knights_and_knaves import as_dataset, right_roles, split_puzzles
 from embedded.puzzle_policy import MAX_TOKENS
-from trl_ext import RLADConfig, RLADTrainer
+from trl_ext import RLADConfig, RLADTrainer, TrainingDiagnosticsCallback
 
 
 # For the embedded task; flags and a config file override them. The methods differ in nothing else.
@@ -53,7 +52,6 @@ EMBEDDED_DEFAULTS = {
 # What each method changes, and the settings that its line in the report shows
 METHODS: dict[str, dict[str, Any]] = {"grpo": {}, "kdrl": {"distillation": "kdrl"}, "rlad": {"distillation": "trrd"}}
 SHOWN = {"grpo": (), "kdrl": ("kdrl_coef",), "rlad": ("teacher_mixture_alpha", "teacher_log_ratio_clip")}
-LINE = metrics_line(reward="reward", entropy="entropy", log_ratio_to_teacher="teacher/log_ratio")
 PANELS = (
     Panel("reward, mean of the rollouts", {"reward": "reward"}),
     Panel("log pi_student - log pi_teacher, nats per token", {"teacher/log_ratio": "mean"}),
@@ -111,6 +109,7 @@ def make_trainer(method: str, training_args: RLADConfig, task: Task, model_args:
         train_dataset=task.train,
         eval_dataset=task.held_out,
         processing_class=task.tokenizer,
+        callbacks=[TrainingDiagnosticsCallback()],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         **teacher,
@@ -131,7 +130,7 @@ def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args
     for method in methods:
         trainer = make_trainer(method, training_args, task, model_args)
         settings = {name: getattr(training_args, name) for name in SHOWN[method]}
-        runs.append(run(trainer, task, method.upper(), LINE, settings))
+        runs.append(run(trainer, task, method.upper(), settings))
     report(runs, training_args.output_dir, PANELS)
 
 

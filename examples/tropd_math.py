@@ -26,13 +26,13 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 from trl.experimental.gkd import GKDTrainer
 
 from common.command_line import parse_arguments
-from common.console import metrics_line, quieten
+from common.console import quieten
 from common.report import Panel, Run
 from common.training import Task, own_math_task, report, run
 from embedded import tasks
 from embedded.arithmetic import TOKENS_PER_DIGIT
 from embedded.arithmetic_policy import Recipe
-from trl_ext import TrOPDConfig, TrOPDTrainer
+from trl_ext import TrainingDiagnosticsCallback, TrOPDConfig, TrOPDTrainer
 from trl_ext.tropd.prompts import PromptCollator
 
 
@@ -67,7 +67,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "gkd": {},
 }
 EMBEDDED_METHODS = ["tropd", "opd", "eopd", "reopold", "gkd"]
-LINE = metrics_line(KL_to_teacher="teacher/kl", outliers="outliers/share", entropy="entropy", loss="loss")
 PANELS = (
     Panel("KL to the teacher on own samples, nats per token", {"teacher/kl": "K1"}),
     Panel("share of outliers", {"outliers/share": "share"}),
@@ -117,6 +116,7 @@ def make_trainer(method: str | None, args: TrOPDConfig, task: Task, model: Any, 
         "train_dataset": task.train,
         "eval_dataset": task.held_out,
         "processing_class": task.tokenizer,
+        "callbacks": [TrainingDiagnosticsCallback()],
         "peft_config": peft_config,
     }
     if method != "gkd":
@@ -129,7 +129,7 @@ def make_trainer(method: str | None, args: TrOPDConfig, task: Task, model: Any, 
 def measure(trainer: Any, args: TrOPDConfig, task: Task, accuracy: Any) -> dict[str, float]:
     """The same measures for every method: accuracy, and the KL divergence to the teacher on held-out prompts."""
     judge = make_trainer("tropd", copy.deepcopy(args), task, trainer.accelerator.unwrap_model(trainer.model))
-    quieten(judge, lambda logs: None)
+    quieten(judge)
     return {**accuracy(judge), "KL to the teacher, nats per token": judge.evaluate()["eval_teacher/kl"]}
 
 
@@ -148,7 +148,7 @@ def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_ar
         args = copy.deepcopy(training_args)
         args.output_dir = str(Path(training_args.output_dir) / method) if method else training_args.output_dir
         trainer = make_trainer(method, args, task, task.model, get_peft_config(model_args))
-        runs.append(run(trainer, task, method or args.objective, LINE, {"temperature": args.temperature}))
+        runs.append(run(trainer, task, method or args.objective, {"temperature": args.temperature}))
     report(runs, training_args.output_dir, PANELS)
 
 

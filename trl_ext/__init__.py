@@ -17,9 +17,11 @@ __all__ = [
     "RLADTrainer",
     "TrOPDConfig",
     "TrOPDTrainer",
+    "TrainingDiagnosticsCallback",
 ]
 
 if TYPE_CHECKING:
+    from trl_ext.diagnostics import TrainingDiagnosticsCallback
     from trl_ext.drpo.drpo_config import DRPOConfig
     from trl_ext.drpo.drpo_trainer import DRPOTrainer
     from trl_ext.erpd.erpd_config import ERPDConfig
@@ -44,6 +46,7 @@ __getattr__ = lazy_attributes(
         "RLADTrainer": "rlad",
         "TrOPDConfig": "tropd",
         "TrOPDTrainer": "tropd",
+        "TrainingDiagnosticsCallback": "diagnostics",
     },
 )
 

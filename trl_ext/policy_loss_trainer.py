@@ -21,8 +21,9 @@ from trl_ext.arguments import (
     sampling_that_biases_the_ratio,
 )
 from trl_ext.dataset_columns import check_prompt_column
+from trl_ext.diagnostics import report_after_diagnostics
 from trl_ext.losses import TokenLoss
-from trl_ext.losses.token_loss import bounded_behaviour_logps
+from trl_ext.losses.token_loss import absolute_log_ratio, bounded_behaviour_logps
 from trl_ext.metrics import TokenMetrics
 from trl_ext.policy_loss_checks import check_sampler_logps, checked_token_loss, without_advice
 from trl_ext.rollout_checkpoint import RolloutCheckpoints
@@ -132,6 +133,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         )
         if self.anchored_to_sampler:
             self.vllm_importance_sampling_correction = False
+        report_after_diagnostics(self.callback_handler)
         self.warn_about_args()
 
     @classmethod
@@ -324,6 +326,8 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         metrics = dict(token_loss.metrics)
         if sampler_logps is not None:
             metrics["sampling/missing_logps"] = (~sampler_logps.isfinite()).float()
+            if self.model.training and self._is_fresh:
+                metrics["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, sampler_logps)
         self._token_metrics["train" if self.model.training else "eval"].update(metrics, mask)
 
         # For TRL's own ratio, which weighs the KL term and would make inf or NaN of impossible tokens
@@ -354,6 +358,13 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         has_old_logps = self._uses_sampler_logps and sampler_logps is not None
         self._skips_old_pass = makes_old_pass and (has_old_logps or not self.needs_old_logps)
         return outputs
+
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether the policy is still the one that sampled the rollouts at hand: no update lies in between."""
+        accumulation = self.args.gradient_accumulation_steps
+        sampled_at = self._step - self._step % self._generate_every
+        return self._step // accumulation == sampled_at // accumulation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 
-Line = Callable[[dict[str, Any]], str | None]  # of one log, which has its `step`; `None`: nothing to say
+Line = Callable[[dict[str, Any]], str | None]  # of one log, with its `step`; `None`: nothing to say
 
 
 class ProgressBar(ProgressCallback):
@@ -30,20 +30,11 @@ class Lines(TrainerCallback):
             tqdm.write(text)
 
 
-def quieten(trainer: Any, line: Line) -> None:
+def quieten(trainer: Any, line: Line | None = None) -> None:
     """Replaces what the trainer prints by `line`. Trackers, and `trainer_state.json`, still have every metric."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressBar())
-    trainer.add_callback(Lines(line))
-
-
-def metrics_line(**names: str) -> Line:
-    """A line with those of the metrics (label -> name of the metric) that were logged."""
-
-    def line(logs: dict[str, Any]) -> str | None:
-        shown = [f"{label.replace('_', ' ')} {logs[name]:.3f}" for label, name in names.items() if name in logs]
-        return f"step {logs['step']}: {', '.join(shown)}" if shown else None
-
-    return line
+    if line is not None:
+        trainer.add_callback(Lines(line))

@@ -89,7 +89,7 @@ def evaluate_at_start(training_args: Any, held_out: Any) -> None:
         training_args.num_generations_eval = training_args.num_generations_eval or 1
 
 
-def run(trainer: Any, task: Task, name: str, line: Line, settings: dict[str, Any] | None = None) -> Run:
+def run(trainer: Any, task: Task, name: str, settings: dict[str, Any] | None = None, line: Line | None = None) -> Run:
     """Trains, measures before and after, saves to `output_dir`, and pushes to the Hub where that was asked for."""
     args = trainer.args
     quieten(trainer, line)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from common.console import metrics_line, quieten
+from common.console import quieten
 from common.report import Run, markdown_table
 from common.training import Task
 from embedded.arithmetic import compare_with_base, split_problems
@@ -90,7 +90,7 @@ def train_grpo(phases: int, args: Any, task: Task) -> Policy:
     )
     name = f"GRPO, {phases} sampling phase{'s' * (phases > 1)}"
     trainer.accelerator.print(name)
-    quieten(trainer, metrics_line(reward="reward", entropy="entropy"))
+    quieten(trainer, lambda logs: f"Update {logs['step']}: reward {logs['reward']:.3f}" if "reward" in logs else None)
     start = time.perf_counter()
     trainer.train()
     policy = Policy(name, output_dir, rollouts, phases, trainer.state.global_step, time.perf_counter() - start)

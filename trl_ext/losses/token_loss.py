@@ -95,3 +95,14 @@ def bounded_behaviour_logps(logps: torch.Tensor, behaviour_logps: torch.Tensor) 
     log_ratio = current - behaviour
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.where(bounded == log_ratio, behaviour, current - bounded)
+
+
+def absolute_log_ratio(logps: torch.Tensor, other_logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    \\( |\log \pi - \log \mu| \\) in nats, detached, and the weights 1 where it is known and 0 where it is not.
+
+    Both arguments, and both results, of shape `(batch, time)`.
+    """
+    difference = (at_least_float32(logps) - at_least_float32(other_logps)).detach().abs()
+    known = difference.isfinite()
+    return masked(difference, known), known.to(difference.dtype)

@@ -22,6 +22,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, repeat_iterable_dataset
 
 from trl_ext.arguments import as_config, changed_settings, check_processing_class, check_sharded_adapter
+from trl_ext.diagnostics import report_after_diagnostics
 from trl_ext.losses import least_of_top_share, longest_prefix
 from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
@@ -165,6 +166,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
                 "puts its prompt: use another adapter, e.g. peft.LoraConfig."
             )
         check_sharded_adapter(self, fused_head=False)
+        report_after_diagnostics(self.callback_handler)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
