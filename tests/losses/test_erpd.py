@@ -13,7 +13,7 @@ from trl_ext.losses import (
     sapo_loss,
     token_signal,
 )
-from trl_ext.losses.signal import mean_and_std, signal_moments
+from trl_ext.losses.erpd import mean_and_std, signal_moments
 
 
 DOUBLE = torch.float64

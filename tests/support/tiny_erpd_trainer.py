@@ -36,4 +36,5 @@ def hand_made_batch():
         "completion_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
         "advantages": torch.tensor([1.0, -1.0]),
         "rewards": torch.tensor([1.0, 0.0]),
+        "outcomes": torch.tensor([1.0, 0.0]),
     }

@@ -1,12 +1,14 @@
 """What ERPD measures of its policies, and with which weights and random numbers."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig
+from tiny_erpd import right_or_wrong
 from tiny_erpd_trainer import hand_made_batch, make_trainer
 
 from trl_ext.erpd.fixed_set import FixedSet
@@ -40,7 +42,7 @@ def test_the_set_is_scored_without_dropout(path, tmp_path):
 def test_policies_are_measured_without_dropout(path, tmp_path):
     """The divergence of a policy from itself is 0."""
     trainer = with_dropout(path, tmp_path, eval_dataset=tiny.prompts(2))
-    assert measure_samples(trainer, own_samples(trainer), base_is_loaded=True)["kl_per_sequence"] == 0
+    assert measure_samples(trainer._host, own_samples(trainer._host), base_is_loaded=True)["kl_per_sequence"] == 0
     assert trainer.model.training
 
 
@@ -49,7 +51,7 @@ def test_samples_have_random_numbers_of_their_own(path, tmp_path):
     completions = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        (sample,) = own_samples(trainer)
+        (sample,) = own_samples(trainer._host)
         completions.append(sample["completion_ids"])
     assert torch.equal(*completions)
 
@@ -74,7 +76,7 @@ def test_the_ranks_of_one_engine_draw_alike(engine, seeds):
 def test_every_held_out_data_set_is_measured(path, tmp_path):
     """2 and 4 prompts, 4 completions each."""
     trainer = make_trainer(path, tmp_path, eval_dataset={"few": tiny.prompts(2), "more": tiny.prompts(4)})
-    assert sum(len(sample["rewards"]) for sample in own_samples(trainer)) == (2 + 4) * 4
+    assert sum(len(sample["rewards"]) for sample in own_samples(trainer._host)) == (2 + 4) * 4
 
 
 @pytest.mark.parametrize("base_is_loaded", [False, True])
@@ -89,13 +91,13 @@ def test_measures_are_means_over_what_counts(base_is_loaded):
         "logps": torch.tensor([[-1.0, -100.0, -1.0], [-2.0, -2.0, -100.0]]),
     }
     second = {name: values[:1] for name, values in sample.items()} | {"rewards": torch.tensor([0.0])}
-    trainer = SimpleNamespace(
-        model=torch.nn.Identity(),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda values: values),
-        score_micro_batch=lambda batch: (torch.full_like(batch["logps"], -3.0), None),
-        _metrics={"eval": {}},
+    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda values: values)
+    host = SimpleNamespace(
+        trainer=SimpleNamespace(accelerator=accelerator),
+        score=lambda batch: (torch.full_like(batch["logps"], -3.0), None),
+        measuring=nullcontext,
     )
-    measures = measure_samples(trainer, [sample, second], base_is_loaded)
+    measures = measure_samples(host, [sample, second], base_is_loaded)
     expected = {"reward": (1 + 0) / 2, "entropy": (1 + 2 + 3 + 4 + 1 + 2) / 6}
     if base_is_loaded:  # log-ratios of 2 nats on two tokens of the first and third sequence, of 1 nat on the second's
         expected |= {"kl_per_sequence": (2 * 2 + 2 * 1 + 2 * 2) / 3, "kl_per_token": (2 * 2 + 2 * 1 + 2 * 2) / 6}
@@ -106,9 +108,15 @@ def test_measures_are_means_over_what_counts(base_is_loaded):
 def test_a_teacher_that_is_only_as_good_as_the_base_is_announced(path, tmp_path, caplog, signal):
     """But not where the signal has an unlearned policy beside it, which is there for such teachers."""
     trainer = make_trainer(
-        path, tmp_path, reward=lambda completions, **_: [1.0] * len(completions), signal=signal,
-        extraction_loss="sapo", eval_dataset=tiny.prompts(2),
+        path, tmp_path, reward=right_or_wrong, signal=signal, extraction_loss="sapo", eval_dataset=tiny.prompts(2),
     )  # fmt: skip
+    sample = trainer._host.sample
+
+    def all_right_on_held_out_prompts(rows):
+        sampled = sample(rows)
+        return sampled if trainer.model.training else sampled._replace(rewards=torch.ones_like(sampled.rewards))
+
+    trainer._host.sample = all_right_on_held_out_prompts
     trainer.train()
     announced = "is no better than the base policy (reward 1.000 against 1.000" in caplog.text
     assert announced == (signal == "teacher")
@@ -140,7 +148,7 @@ def test_an_engine_learns_of_the_restored_base(path, tmp_path, monkeypatch):
         end_phase(phase)
         if phase.stage == 1:
             weights["measured"] = engine.weights
-            own_samples(trainer)
+            own_samples(trainer._host)
             weights["restored"] = engine.weights
 
     trainer._stages.end_phase = end

@@ -141,7 +141,7 @@ def test_held_out_prompts_may_come_with_the_resumption(path, tmp_path):
 def test_a_lost_set_is_refused(path, tmp_path):
     run(path, tmp_path)
     (tmp_path / "checkpoint-3" / "fixed_set_0.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"the fixed set is missing.*start anew from its weights"):
+    with pytest.raises(ValueError, match=r"because fixed_set_0.safetensors is missing .*: name another checkpoint"):
         run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-3"))
 
 

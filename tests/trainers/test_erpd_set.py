@@ -1,5 +1,6 @@
 """How ERPD's fixed set is sampled: which prompts, which rewards, how it is put in batches."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from tiny_erpd import right_or_wrong
 from tiny_erpd_trainer import make_trainer
 
-from trl_ext.erpd.sampling import prompts_of_round, sample_fixed_set
+from trl_ext.erpd.host import Sampled
+from trl_ext.erpd.sampling import make_fixed_set, prompts_of_round, sample_rollouts
+from trl_ext.erpd.trainer_host import TrainerHost
 
 
 @pytest.fixture(scope="module")
@@ -22,30 +25,32 @@ def sample_set(trainer, rewards, round_number=1):
 
     def sample(rows):
         advantages = torch.tensor([float(next(number)) for _ in rows])
-        trainer.rewards_per_function = torch.tensor([[rewards[int(i)]] for i in advantages])
         prompt, completion = torch.full((len(rows), 3), 5), torch.full((len(rows), 9), 6)
         rollouts = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "advantages": advantages}
         rollouts |= {"completion_ids": completion, "completion_mask": torch.ones_like(completion)}
-        return rollouts, trainer.rewards
+        return Sampled(rollouts, torch.tensor([rewards[int(i)] for i in advantages]), first=0)
 
-    trainer.sample = sample
-    return sample_fixed_set(trainer, round_number)
+    trainer._host.sample = sample
+    rollouts = sample_rollouts(trainer._host, round_number, rounds=1, resume_from=None)
+    return make_fixed_set(trainer._host, rollouts, round_number)
 
 
 def test_prompts_come_again_only_when_too_few_are_left_and_in_another_order():
     """Two rounds of 4 of 10 prompts make a pass over the data, whose last 2 are too few for a third."""
     args = SimpleNamespace(seed=3)
-    trainer = SimpleNamespace(train_dataset=range(10), prompts_per_round=4, shuffle_dataset=True, args=args)
-    rounds = [prompts_of_round(trainer, number) for number in range(1, 5)]
+    trainer = SimpleNamespace(train_dataset=range(10), shuffle_dataset=True, args=args)
+    host = SimpleNamespace(trainer=trainer, prompts_per_round=4)
+    host.prompt_order = partial(TrainerHost.prompt_order, host)
+    rounds = [prompts_of_round(host, number) for number in range(1, 5)]
     assert all(len(set(first + second)) == 8 for first, second in (rounds[:2], rounds[2:]))
     assert rounds[2:] != rounds[:2]
     args.seed = 2
-    assert prompts_of_round(trainer, 1) != rounds[0]
+    assert prompts_of_round(host, 1) != rounds[0]
 
 
 def test_prompts_come_in_order_where_shuffling_is_off(path, tmp_path):
     trainer = make_trainer(path, tmp_path, dataset=tiny.prompts(5), shuffle_dataset=False)
-    assert [prompts_of_round(trainer, number) for number in (1, 2, 3)] == [[0, 1], [2, 3], [0, 1]]
+    assert [prompts_of_round(trainer._host, number) for number in (1, 2, 3)] == [[0, 1], [2, 3], [0, 1]]
 
 
 def test_each_round_has_other_batches(path, tmp_path):
@@ -88,7 +93,7 @@ def test_batches_are_padded_to_a_multiple(path, tmp_path):
 
 def test_rewards_are_weighted(path, tmp_path):
     trainer = make_trainer(path, tmp_path, reward=[right_or_wrong, tiny.digits_reward], reward_weights=[1.0, 0.0])
-    rollouts, rewards = trainer.sample([dict(trainer.train_dataset[i // 4]) for i in range(8)])
-    texts = trainer.processing_class.batch_decode(rollouts["completion_ids"], skip_special_tokens=True)
+    sampled = trainer._host.sample([dict(trainer.train_dataset[i // 4]) for i in range(8)])
+    texts = trainer.processing_class.batch_decode(sampled.rollouts["completion_ids"], skip_special_tokens=True)
     assert sum(tiny.digits_reward(texts)) > 0  # what would be there in excess
-    assert rewards.tolist() == right_or_wrong(texts)
+    assert sampled.own_rewards.tolist() == right_or_wrong(texts)

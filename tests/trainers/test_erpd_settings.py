@@ -163,7 +163,7 @@ def test_the_samplers_log_probabilities_count_in_stage_1_only(path, tmp_path, st
 
 def test_a_best_checkpoint_is_refused(tmp_path):
     strategies = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    with pytest.raises(ValueError, match="load_best_model_at_end=True would load a checkpoint of whatever stage"):
+    with pytest.raises(ValueError, match="load_best_model_at_end=True would load a checkpoint of any stage"):
         ERPDConfig(**settings(tmp_path, load_best_model_at_end=True, **strategies))
 
 

@@ -68,8 +68,11 @@ class WeightsCopy:
         return self
 
     def _path(self, folder: str) -> Path:
-        process = f"_{self.trainer.accelerator.process_index}" if self.sharded else ""
-        return Path(folder) / f"base_policy{process}.safetensors"
+        return Path(folder) / self.file_name(self.trainer.accelerator.process_index)
+
+    def file_name(self, process: int) -> str:
+        """What a process writes to in a checkpoint."""
+        return f"base_policy_{process}.safetensors" if self.sharded else "base_policy.safetensors"
 
     def _weights(self) -> list[torch.Tensor]:
         """What is copied: the tensors themselves, in an order that never changes."""

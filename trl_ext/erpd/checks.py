@@ -1,4 +1,4 @@
-"""What ERPD refuses before anything is loaded: each in one sentence, with the mend."""
+"""What ERPD refuses before anything is loaded, each in one sentence that says how to fix it."""
 
 import math
 from typing import Any
@@ -7,18 +7,31 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings, check_policy_loss_args
+from trl_ext.erpd.extraction import EXTRACTION_LOSSES
 from trl_ext.erpd.schedule import LearningRate, as_list, as_text
-from trl_ext.losses.signal import SIGNALS
+from trl_ext.erpd.stored_rollouts import count_rollouts, has_stored_rollouts
+from trl_ext.losses.erpd import SIGNALS
 from trl_ext.trust_regions import check_trust_region
 
 
-EXTRACTION_LOSSES = ("sapo", "ce", "mse")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "extraction_loss": EXTRACTION_LOSSES,
+    "extraction_loss": tuple(EXTRACTION_LOSSES),
     "signal": tuple(SIGNALS),
     "signal_normalization": ("standardize", "scale", "none"),
     "distillation_anchor": ("base", "pass"),
 }
+
+
+def stored_rollouts_per_round(args: GRPOConfig, dataset: Dataset) -> int:
+    """The size of a set of stored rollouts: whole optimizer steps, or a `ValueError` that says what to set."""
+    update = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    number = count_rollouts(dataset)
+    if number < update:
+        raise ValueError(
+            f"The data set's {number} stored rollouts are fewer than one update takes ({update}): give more rollouts, "
+            "or lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+    return number // update * update
 
 
 def resolve_prompts_per_round(args: GRPOConfig, num_prompts: int) -> int:
@@ -53,7 +66,7 @@ def resolve_prompts_per_round(args: GRPOConfig, num_prompts: int) -> int:
 
 
 def check_erpd_args(args: GRPOConfig, owner: str) -> None:
-    """Raises a `ValueError`, in one sentence with the mend, for settings that ERPD cannot honour."""
+    """Raises a `ValueError` for settings that ERPD cannot honour."""
     check_policy_loss_args(args, owner)
     for name, choices in CHOICES.items():
         for value in as_list(getattr(args, name)):
@@ -78,10 +91,14 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a positive number: set it to one.")
-    if not math.isfinite(args.outcome_advantage_weight) or not args.extraction_warmup_steps >= 0:
+    if not math.isfinite(args.outcome_advantage_weight):
         raise ValueError(
-            f"outcome_advantage_weight={args.outcome_advantage_weight} must be finite and extraction_warmup_steps="
-            f"{args.extraction_warmup_steps} at least 0: set them so."
+            f"outcome_advantage_weight={args.outcome_advantage_weight} must be a finite number: set it to one."
+        )
+    if not 0 <= args.extraction_warmup_steps < math.inf:
+        raise ValueError(
+            f"extraction_warmup_steps={args.extraction_warmup_steps} must be at least 0: set it to a number of "
+            "updates, or to a share of them below 1."
         )
     check_trust_region(args)
     _check_trl_args(args, owner)
@@ -103,15 +120,15 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
     for name in ("extraction_lr_scheduler_type", "lr_scheduler_type"):
         if as_text(getattr(args, name)) in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
-                f"{name}={as_text(getattr(args, name))!r} goes by evaluations and cannot start anew with each stage: "
-                "set it to 'constant', 'linear' or 'cosine', for example."
+                f"{name}={as_text(getattr(args, name))!r} depends on evaluations and cannot start anew with each "
+                "stage: set it to 'constant', 'linear' or 'cosine', for example."
             )
     refused = {
         "off_policy_mask_threshold": (None, "judges a sequence by its one advantage, and here each token has its own"),
-        "sync_ref_model": (False, "moves the reference, which is the base policy of each round"),
+        "sync_ref_model": (False, "moves the reference, which must be the base policy of each round"),
         "load_best_model_at_end": (
             False,
-            "would load a checkpoint of whatever stage in place of the distilled policy",
+            "would load a checkpoint of any stage instead of the distilled policy",
         ),
         "ignore_data_skip": (False, "would make a resumed run begin its pass over the set again"),
     }
@@ -128,8 +145,27 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
             ) from error
     if str(as_text(args.optim)).startswith("schedule_free"):
         raise ValueError(
-            f"optim={as_text(args.optim)!r} keeps its averages outside of its state, which each stage starts without: "
+            f"optim={as_text(args.optim)!r} keeps averages outside of its state, which each stage resets: "
             "set it to 'adamw_torch_fused', for example."
+        )
+
+
+def _check_stored_rollouts(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
+    if args.rounds > 1:
+        raise ValueError(
+            f"rounds={args.rounds} cannot be made of stored rollouts, because a later round needs rollouts of the "
+            f"policy that the one before has trained: set rounds to 1, or remove the columns of the rollouts "
+            f"for {owner} to sample."
+        )
+    if args.prompts_per_round is not None:
+        raise ValueError(
+            f"prompts_per_round={args.prompts_per_round} has no meaning for stored rollouts, all of which are used: "
+            "remove it, and choose rows with dataset.select."
+        )
+    if given.get("eval_dataset") is not None and given.get("reward_funcs") is None:
+        raise ValueError(
+            "The completions of eval_dataset are sampled and need a reward: pass reward_funcs, or leave out "
+            "eval_dataset."
         )
 
 
@@ -141,6 +177,8 @@ def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
             f"{owner} draws the prompts of each round from a data set of known length and cannot use train_dataset="
             f"{type(dataset).__name__}: pass a datasets.Dataset, e.g. Dataset.from_list(rows)."
         )
+    if has_stored_rollouts(dataset):
+        _check_stored_rollouts(given, args, owner)
     if images := {"image", "images"} & set(dataset.column_names):
         raise ValueError(
             f"{owner} keeps the tokens of its rollouts but no images, and cannot use the column {images.pop()!r}: "

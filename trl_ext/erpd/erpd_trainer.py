@@ -3,26 +3,30 @@
 import copy
 import inspect
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import ProgressCallback
 from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings
-from trl_ext.erpd.checks import check_data, check_erpd_args, resolve_prompts_per_round
-from trl_ext.erpd.erpd_config import ERPDConfig
-from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, as_list, phases_of, teachers_of
-from trl_ext.erpd.stages import Stages, newest_whole_checkpoint
-from trl_ext.losses import (
-    TokenLoss,
-    reward_cross_entropy_loss,
-    reward_regression_loss,
-    sapo_loss,
+from trl_ext.erpd.checks import (
+    check_data,
+    check_erpd_args,
+    resolve_prompts_per_round,
+    stored_rollouts_per_round,
 )
+from trl_ext.erpd.erpd_config import ERPDConfig
+from trl_ext.erpd.extraction import EXTRACTION_LOSSES, Rollouts
+from trl_ext.erpd.growing_set import has_rollouts
+from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, as_list, phases_of
+from trl_ext.erpd.stages import Stages
+from trl_ext.erpd.stored_rollouts import has_stored_rollouts
+from trl_ext.erpd.trainer_host import TrainerHost
+from trl_ext.losses import TokenLoss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.trust_regions import trust_region_loss, trust_region_warnings
 
@@ -89,14 +93,20 @@ class ERPDTrainer(PolicyLossTrainer):
             }"""),
     }
 
+    log_completions: bool
     lr_scheduler: Any
     _created_lr_scheduler: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._given = inspect.signature(PolicyLossTrainer.__init__).bind(self, *args, **kwargs).arguments
+        given = inspect.signature(PolicyLossTrainer.__init__).bind(self, *args, **kwargs).arguments
+        del given["self"]
+        self._given = dict(given)
+        if has_stored_rollouts(given.get("train_dataset")) and given.get("reward_funcs") is None:
+            given["reward_funcs"] = stored_reward
         self._user_args: GRPOConfig | None = None
+        self._samples_to_log = False  # whether completions were sampled since they were logged
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(**given)
         finally:
             if self._user_args is not None:
                 self._user_args.beta = self._distillation_beta
@@ -105,9 +115,10 @@ class ERPDTrainer(PolicyLossTrainer):
         if self.args.distillation_epsilon is not None:
             self._distillation_args.epsilon = self.args.distillation_epsilon
         update = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        self.schedule = Schedule(phases_of(self.args), self.prompts_per_round * self.num_generations // update)
-        self._stages = Stages(self, self.schedule)
-        self.add_callback(LogWherePhasesEnd(self.schedule))
+        self._schedule = Schedule(phases_of(self.args), self._rollouts_per_round // update)
+        self._host = TrainerHost(self, self._prompts_per_round)
+        self._stages = Stages(self._host, self._schedule)
+        self.add_callback(LogWherePhasesEnd(self._schedule))
 
     # ---- settings
 
@@ -117,7 +128,13 @@ class ERPDTrainer(PolicyLossTrainer):
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
         check_data(self._given, args, type(self).__name__)
-        self.prompts_per_round = resolve_prompts_per_round(args, len(self._given["train_dataset"]))
+        dataset = self._given["train_dataset"]
+        if has_stored_rollouts(dataset):
+            self._prompts_per_round = 0
+            self._rollouts_per_round = stored_rollouts_per_round(args, dataset)
+        else:
+            self._prompts_per_round = resolve_prompts_per_round(args, len(dataset))
+            self._rollouts_per_round = self._prompts_per_round * args.num_generations
         # The reference of the KL term is the base policy, which has scored the set: TRL must not load another
         self._user_args, self._distillation_beta, args.beta = args, args.beta, 0.0
 
@@ -125,11 +142,16 @@ class ERPDTrainer(PolicyLossTrainer):
         if self.eval_dataset is None:
             logger.warning(
                 "Without eval_dataset the policies are measured on the set that they are trained on, where a ruined "
-                "teacher may not be seen to be one: pass held-out prompts as eval_dataset."
+                "teacher may go unnoticed: pass held-out prompts as eval_dataset."
             )
+            if has_stored_rollouts(self.train_dataset) and self._given.get("reward_funcs") is not None:
+                logger.warning(
+                    "reward_funcs are not called, because train_dataset holds rollouts with their rewards: remove "
+                    "these columns from it to sample new rollouts."
+                )
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
-        if "sapo" in as_list(self.args.extraction_loss):  # the objective whose ratio is against the sampler
+        if any(EXTRACTION_LOSSES[loss].against_sampler for loss in as_list(self.args.extraction_loss)):
             self.warn_of_biased_ratio()
         own, clips = self.args.distillation_epsilon, self.args.trust_region == "ppo_clip"
         if own is not None and clips and (changed := changed_settings(self.args, ("epsilon",))):
@@ -144,7 +166,7 @@ class ERPDTrainer(PolicyLossTrainer):
             )
         update = self.args.generation_batch_size // self.args.steps_per_generation
         update *= self.args.gradient_accumulation_steps
-        if self.args.distillation_anchor == "pass" and self.prompts_per_round * self.num_generations == update:
+        if self.args.distillation_anchor == "pass" and self._rollouts_per_round == update:
             logger.warning(
                 "The whole set is one update, so that stage 2 never leaves its anchor and the trust region has "
                 "nothing to do: set distillation_anchor='base', or give more prompts_per_round."
@@ -154,19 +176,34 @@ class ERPDTrainer(PolicyLossTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, self.accelerator.num_processes)
+            self._stages.resume_from = str(self.args.output_dir)
+        elif resume_from_checkpoint:
+            self._stages.resume_from = str(Path(resume_from_checkpoint).parent)
+        else:
+            self._stages.resume_from = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _whole_checkpoint(self, wanted: Any) -> Any:
+        try:
+            return super()._whole_checkpoint(wanted)
+        except ValueError:
+            if wanted is not True or not has_rollouts(str(self.args.output_dir), self.accelerator):
+                raise
+            return None  # from the start, with the rollouts that the run had sampled
+
+    def _required_files(self) -> list[str]:
+        return ["fixed_set_0.safetensors", self._stages.base.file_name(0)]
 
     def get_train_dataloader(self) -> Any:
         # Only places in the set, because what is in it is not known before the first step
-        places: Any = range(self.prompts_per_round * self.num_generations)
+        places: Any = range(self._rollouts_per_round)
         return self._get_dataloader(
             places, "Training", self._train_batch_size, sampler_fn=SequentialSampler, is_training=True
         )
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         args = copy.copy(args)
-        args.num_train_epochs = len(self.schedule.passes)
+        args.num_train_epochs = len(self._schedule.passes)
         return super().set_initial_training_values(args, dataloader)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -177,52 +214,53 @@ class ERPDTrainer(PolicyLossTrainer):
                 "extraction_lr_scheduler_type."
             )
         if self.lr_scheduler is None:
-            factor = self.schedule.learning_rate(self.args.learning_rate, self.args.lr_scheduler_kwargs)
+            factor = self._schedule.learning_rate(self.args.learning_rate, self.args.lr_scheduler_kwargs)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def restart_learning_rate(self) -> None:
-        """Puts the schedule where the run is: updates that mixed precision has skipped make it lag behind."""
-        if self.lr_scheduler.last_epoch != self.state.global_step:
-            self.lr_scheduler.last_epoch = self.state.global_step - 1
-            self.lr_scheduler.step()
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        model.train()
+        if not self._stages.begin(self.state.global_step, self._index_of(inputs)):
+            # Without gradients no optimizer moves anything, not even by weight decay
+            return torch.zeros((), device=self.accelerator.device)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def training_inputs(self, inputs: Any) -> dict[str, Any]:
-        index = inputs[0] // (self._train_batch_size * self.accelerator.num_processes)
-        return self._stages.micro_batch(self.state.global_step, index)
+        return self._stages.micro_batch(self.state.global_step, self._index_of(inputs))
+
+    def _index_of(self, places: Any) -> int:
+        """The number of a micro-batch within its pass over the set."""
+        return places[0] // (self._train_batch_size * self.accelerator.num_processes)
 
     def _finalize_training(self, *args: Any) -> Any:
-        if self.state.global_step >= self.schedule.steps:
-            self._stages.end_phase(self.schedule.phases[-1])
+        if self.state.global_step >= self._schedule.steps:
+            self._stages.end_phase(self._schedule.phases[-1])
         else:
-            phase = self.schedule.at_step(self.state.global_step)
+            phase = self._schedule.at_step(self.state.global_step)
             logger.warning(
                 f"The run has ended in round {phase.round}, stage {phase.stage}, after {self.state.global_step} of "
-                f"{self.schedule.steps} updates, and the model is the {phase.policy} policy as it was then: resume "
+                f"{self._schedule.steps} updates, and the model is the {phase.policy} policy as it was then: resume "
                 "from a checkpoint to come to the end."
             )
         return super()._finalize_training(*args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        phase = self.schedule.at_step(max(self.state.global_step - 1, 0))
+        phase = self._schedule.at_step(max(self.state.global_step - 1, 0))
         for name, value in (("round", phase.round), ("stage", phase.stage)):
             logs.setdefault(name, value)
-        super().log(logs, start_time)
-
-    def describe(self, text: str) -> None:
-        """Writes `text` beside the progress bar."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_description(text)
+        asked = self.log_completions
+        self.log_completions = asked and self._samples_to_log  # or TRL would log the last ones again and again
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions, self._samples_to_log = asked, False
 
     # ---- rollouts
 
-    def sample(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
-        """This process's rollouts as TRL makes them, and their rewards."""
-        rollouts = self.roll_out(rows)
-        first = self.accelerator.process_index * len(rows)
-        return rollouts, self.rewards[first : first + len(rows)]
+    def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._samples_to_log = True
+        return batch
 
     # ---- the loss
 
@@ -240,29 +278,16 @@ class ERPDTrainer(PolicyLossTrainer):
             return TokenLoss(trust_region_loss(self.args, *tensors, region="ppo_clip").loss)
         assert behaviour_logps is not None  # the set has them
         phase, base_logps = self._phase, inputs["base_logps"]
-        reverse = -1.0 if phase.policy == "unlearned" else 1.0
         if phase.stage == 2:
             advantages = inputs["signal"] + self.args.outcome_advantage_weight * advantages
             token_loss = trust_region_loss(self._distillation_args, per_token_logps, behaviour_logps, advantages, mask)
-        elif phase.loss == "sapo":
-            token_loss = sapo_loss(
-                per_token_logps,
-                behaviour_logps,
-                reverse * advantages,
-                mask,
-                temperature_positive=self.args.sapo_temperature_pos,
-                temperature_negative=self.args.sapo_temperature_neg,
-            )
-        elif phase.loss == "ce":
-            outcomes = inputs["outcomes"] if reverse > 0 else 1 - inputs["outcomes"]
-            token_loss = reward_cross_entropy_loss(
-                per_token_logps, base_logps, outcomes, mask, beta_r=self.args.extraction_beta
-            )
         else:
-            targets = (reverse * advantages.squeeze(1)).masked_fill(inputs["outcomes"].isnan(), torch.nan)
-            token_loss = reward_regression_loss(
-                per_token_logps, base_logps, targets, mask, beta_r=self.args.extraction_beta
+            rollouts = Rollouts(
+                per_token_logps, base_logps, behaviour_logps, advantages.squeeze(1), inputs["outcomes"], mask
             )
+            if phase.policy == "unlearned":
+                rollouts = rollouts.reversed()
+            token_loss = EXTRACTION_LOSSES[phase.loss].loss(rollouts, self.args)
         token_loss.metrics["kl_from_base"] = base_logps - per_token_logps.detach()
         return token_loss
 
@@ -273,7 +298,7 @@ class ERPDTrainer(PolicyLossTrainer):
 
     @property
     def _phase(self) -> Phase:
-        return self.schedule.at_step(self.state.global_step)
+        return self._schedule.at_step(self.state.global_step)
 
     def loss_settings(self) -> dict[str, Any]:
         """GRPO's settings of the update: their own values in stage 2, off in stage 1."""
@@ -282,7 +307,7 @@ class ERPDTrainer(PolicyLossTrainer):
         if self._phase.stage == 2:
             return {"beta": self._distillation_beta}
         settings: dict[str, Any] = {"top_entropy_quantile": 1.0, "_entropy_bonus_enabled": False}
-        if self._phase.loss != "sapo":
+        if EXTRACTION_LOSSES[self._phase.loss].of_sequences:
             settings["loss_type"] = "luspo"  # the mean over sequences of the sum over their tokens
         return settings
 
@@ -294,16 +319,10 @@ class ERPDTrainer(PolicyLossTrainer):
     def _load_rollouts(self, checkpoint: str) -> None:
         self._stages.load(checkpoint)
 
-    def run_identity(self) -> dict[str, Any]:
-        """What the fixed set of a checkpoint, and the place in its round, depend on."""
-        names = ["seed", "extraction_passes", "distillation_passes", "temperature", "top_p", "top_k", "min_p"]
-        names += ["mask_truncated_completions", "extraction_skips_agreeing_prompts"]
-        return {
-            **self._run_identity(),
-            "prompts_per_round": self.prompts_per_round,
-            "teachers": [list(teacher) for teacher in teachers_of(self.args)],
-            **{name: getattr(self.args, name) for name in names},
-        }
+
+def stored_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Stands in for the reward functions that stored rollouts do not need, because TRL does not accept none."""
+    raise RuntimeError("The rewards are stored in train_dataset: pass reward_funcs to sample completions.")
 
 
 # The constructor takes what its parent takes: say so to help() and to editors

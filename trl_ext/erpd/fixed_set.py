@@ -1,7 +1,7 @@
 """The fixed set of a round: rollouts sampled once, in batches of similar length, sharded over the processes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ class FixedSet:
     """
     This process's share of a round's rollouts, as padded micro-batches on the CPU.
 
-    What is measured on the set (log-probabilities, signals) joins the batches as one float a token. The micro-batches
-    of all processes with the same number make one global batch; which rollouts are in it stays the same in all passes,
-    the order of the batches is another one in each.
+    What is measured on the set (log-probabilities, signals) joins the batches as one float per token. The
+    micro-batches of all processes with the same number make one global batch. Which rollouts are in it stays the same
+    in all passes; the order of the batches differs from pass to pass.
 
     Args:
         batches (`list[dict[str, torch.Tensor]]`):
@@ -37,40 +37,66 @@ class FixedSet:
             `outcomes` of shape `(batch,)`: the reward from 0 (wrong) to 1 (right), NaN for a rollout that the losses
             of whole sequences leave out.
         num_tokens (`int`):
-            Tokens that count, on all processes.
+            Number of tokens that count, on all processes.
+        is_informative (`bool`):
+            Whether something can be learned from it. If not, its round is skipped.
     """
 
     batches: list[dict[str, Any]]
-    num_tokens: int = field(default=0)
+    num_tokens: int = 0
+    is_informative: bool = True
 
     def micro_batch(self, index: int, device: torch.device) -> dict[str, Any]:
         return {name: value.to(device, non_blocking=True) for name, value in self.batches[index].items()}
 
     def order(self, seed: int) -> list[int]:
-        """The batches' order in one pass: a permutation that is the same on every process."""
+        """The order of the batches in one pass, the same on every process."""
         return torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def masks(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-        """Each micro-batch and its mask of the tokens that count."""
+        """Each micro-batch with its mask of the tokens that count."""
         for batch in self.batches:
             yield batch, batch["completion_mask"] * batch.get("tool_mask", 1)
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the share of one process as safetensors."""
-        write_batches(path, self.batches, {**metadata, "num_tokens": str(self.num_tokens)})
+        facts = {"num_tokens": str(self.num_tokens), "is_informative": str(self.is_informative)}
+        write_batches(path, self.batches, {**metadata, **facts})
 
     @classmethod
     def load(cls, path: Path) -> "FixedSet":
-        return cls(read_batches(path, torch.device("cpu")), int(read_metadata(path)["num_tokens"]))
+        """Reads what `save` wrote."""
+        facts = read_metadata(path)
+        batches = read_batches(path, torch.device("cpu"))
+        return cls(batches, int(facts["num_tokens"]), facts["is_informative"] == "True")
+
+
+@dataclass
+class RoundRollouts:
+    """
+    The rollouts of a round before they are shared out.
+
+    Args:
+        chunks (`list[list[Row]]`):
+            This process's rollouts, generation by generation.
+        rewards (`torch.Tensor` of shape `(rollouts,)`):
+            Of all processes, in the order of sampling. NaN for a rollout without a reward.
+        prompts (`torch.Tensor` of shape `(rollouts,)`):
+            The number of each rollout's prompt, from 0.
+    """
+
+    chunks: list[list[Row]]
+    rewards: torch.Tensor
+    prompts: torch.Tensor
 
 
 def rows_of(rollouts: dict[str, Any], rewards: torch.Tensor) -> list[Row]:
     """
-    The rollouts of a batch of TRL one by one, on the CPU.
+    The rollouts of a generation batch of TRL one by one, without padding, on the CPU.
 
     Args:
         rollouts (`dict[str, Any]`):
-            What `GRPOTrainer` makes of a batch of prompts.
+            What `GRPOTrainer._generate_and_score_completions` returns.
         rewards (`torch.Tensor` of shape `(batch,)`):
             Their rewards.
     """
@@ -78,7 +104,7 @@ def rows_of(rollouts: dict[str, Any], rewards: torch.Tensor) -> list[Row]:
     per_token = ("completion_ids", "completion_mask", "tool_mask", "sampling_per_token_logps")
     rows = []
     for i, mask in enumerate(tensors["completion_mask"]):
-        # A truncated completion may be masked out as a whole: one token of it stays, for the shapes' sake
+        # A truncated completion may be masked out as a whole: one token of it is kept, so that no row is empty
         length = int(mask.nonzero().max()) + 1 if mask.any() else 1
         row = {name: tensors[name][i, :length] for name in per_token if name in tensors}
         row["prompt_ids"] = tensors["prompt_ids"][i][tensors["prompt_mask"][i].bool()]
@@ -92,17 +118,17 @@ def share_out(
     accelerator: Accelerator,
     micro_batch_size: int,
     seed: int,
-    collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
+    collate: Callable[[list[Row]], dict[str, torch.Tensor]],
 ) -> FixedSet:
     """
-    Makes the set of what all processes have sampled. Each keeps its share of every global batch.
+    Makes the set from the rollouts of all processes. Each process keeps its share of every global batch.
 
     The result depends on the rollouts, their order, the seed and the size of the global batch, but not on the number
-    of processes that it is shared by.
+    of processes.
 
     Args:
         chunks (`Sequence[Sequence[Row]]`):
-            This process's rollouts of each generation; as many of the same size on every process.
+            This process's rollouts, generation by generation; as many chunks of the same size on every process.
     """
     processes, local, size = accelerator.num_processes, len(chunks[0]), accelerator.num_processes * micro_batch_size
     lengths = torch.tensor([[len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows] for rows in chunks])
@@ -111,7 +137,7 @@ def share_out(
     mine = batches.view(-1, processes, micro_batch_size)[:, accelerator.process_index].tolist()
     wanted = {index for batch in mine for index in batch}
     kept: dict[int, Row] = {}
-    for number, rows in enumerate(chunks):  # chunk by chunk, so that nobody ever holds everybody's
+    for number, rows in enumerate(chunks):  # chunk by chunk, so that no process ever holds all rollouts
         for i, row in enumerate(gather_object(list(rows))):
             if (index := number * processes * local + i) in wanted:
                 kept[index] = row
@@ -122,7 +148,7 @@ def share_out(
 
 
 def arrange(lengths: torch.Tensor, batch_size: int, seed: int) -> torch.Tensor:
-    """Batches of similar length, for `lengths` of shape `(n,)`: each index once, of shape `(batches, batch_size)`."""
+    """Batches of similar length: from `lengths` of shape `(n,)` to indices of shape `(batches, batch_size)`."""
     shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
     pieces = shuffled.split(BATCHES_SORTED_TOGETHER * batch_size)
     ordered = [piece[lengths[piece].argsort(descending=True, stable=True)] for piece in pieces]
@@ -130,9 +156,9 @@ def arrange(lengths: torch.Tensor, batch_size: int, seed: int) -> torch.Tensor:
 
 
 def collate(rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | None) -> dict[str, torch.Tensor]:
-    """One micro-batch as TRL has it: prompts padded on the left, completions on the right."""
+    """One micro-batch as TRL has it: prompts are padded on the left, completions on the right."""
 
-    def padded(name: str, value: float, side: str) -> torch.Tensor:  # of `rows` as they are by then
+    def padded(name: str, value: float, side: str) -> torch.Tensor:
         tensors = [row[name] for row in rows]
         return pad(tensors, padding_value=value, padding_side=side, pad_to_multiple_of=pad_to_multiple_of)
 
@@ -147,7 +173,7 @@ def collate(rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | No
         "completion_ids": padded("completion_ids", pad_token_id, "right"),
         "completion_mask": padded("completion_mask", 0, "right"),
     }
-    # What only some generations have: without a mask all tokens count, without a score there is none
+    # What only some rollouts have: without a mask all tokens count, without a log-probability it is unknown
     for name, absent, padding in (("tool_mask", 1, 1), ("sampling_per_token_logps", torch.nan, 0.0)):
         if any(name in row for row in rows):
             kind = next(row[name] for row in rows if name in row)

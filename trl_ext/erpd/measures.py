@@ -1,17 +1,16 @@
 """What is measured of a policy between the stages: on held-out prompts with its own samples, and on the fixed set."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from trl_ext.erpd.host import Host
 from trl_ext.random_state import engine_index, isolated_rng
 
 
-Samples = list[dict[str, Any]]  # one dict a batch, on the CPU
+Samples = list[dict[str, Any]]  # one dict per batch, on the CPU
 
 
 def sampling_seed(trainer: Any) -> int:
@@ -19,35 +18,24 @@ def sampling_seed(trainer: Any) -> int:
     return trainer.args.seed + engine_index(trainer.args, trainer.accelerator.process_index)
 
 
-@contextmanager
-def evaluating(trainer: Any) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; what TRL logs of it is dropped."""
-    was_training = trainer.model.training
-    trainer.model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        trainer.model.train(was_training)
-        trainer._metrics["eval"].clear()
-
-
-def own_samples(trainer: Any) -> Samples:
+def own_samples(host: Host) -> Samples:
     """
     Completions of the held-out prompts, sampled and scored by the policy as it is, with their rewards.
 
-    The same random numbers for every policy, so that policies are compared on equal terms, and the training goes on as
-    if nothing had been sampled.
+    Every policy gets the same random numbers, so that policies are compared on equal terms, and the training goes on
+    as if nothing had been sampled.
     """
+    trainer: Any = host.trainer
     datasets = trainer.eval_dataset
     datasets = list(datasets.values()) if isinstance(datasets, dict) else [datasets]
     samples = []
-    with isolated_rng(trainer.accelerator, sampling_seed(trainer)), evaluating(trainer):
+    with isolated_rng(trainer.accelerator, sampling_seed(trainer)), host.measuring():
         for dataset in datasets:
             for number, rows in enumerate(trainer.get_eval_dataloader(dataset)):
-                batch, rewards = trainer.sample(rows)
-                logps, entropies = trainer.score_micro_batch(batch)
-                if hasattr(dataset, "__len__"):  # the last batches are filled up with prompts from the beginning
+                sampled = host.sample(rows)
+                batch, rewards = sampled.rollouts, sampled.own_rewards
+                logps, entropies = host.score(batch)
+                if hasattr(dataset, "__len__"):  # the last batches are filled with prompts from the beginning
                     size, accelerator = trainer.args.per_device_eval_batch_size, trainer.accelerator
                     first = (number * accelerator.num_processes + accelerator.process_index) * size
                     again = torch.arange(first, first + len(rows)) >= len(dataset) * trainer.num_generations_eval
@@ -59,17 +47,18 @@ def own_samples(trainer: Any) -> Samples:
     return samples
 
 
-def measure_samples(trainer: Any, samples: Samples, base_is_loaded: bool) -> dict[str, float]:
+def measure_samples(host: Host, samples: Samples, base_is_loaded: bool) -> dict[str, float]:
     r"""
-    `reward`, `entropy` (nats a token) and, where the base policy is what the trainer holds now, the divergence
-    \\( \mathrm{KL}(\pi \| \pi_0) \\) of the policy whose `samples` these are: `kl_per_sequence` and `kl_per_token`.
+    `reward`, `entropy` (nats per token) and, if the trainer holds the base policy now, the divergence
+    \\( \mathrm{KL}(\pi \| \pi_0) \\) of the policy that `samples` are from: `kl_per_sequence` and `kl_per_token`.
 
-    The estimate is the mean of \\( \log \pi - \log \pi_0 \\), which is unbiased, and for a small divergence may come
-    out below 0.
+    The estimate is the mean of \\( \log \pi - \log \pi_0 \\), which is unbiased and may come out below 0 for a small
+    divergence.
     """
-    device = trainer.accelerator.device
+    accelerator = host.trainer.accelerator
+    device = accelerator.device
     sums = torch.zeros(6, dtype=torch.float64)  # rewards, how many; entropy, tokens; log-ratio, sequences
-    with evaluating(trainer):
+    with host.measuring():
         for sample in samples:
             mask = (sample["completion_mask"] * sample.get("tool_mask", 1)).bool()
             rewards = sample["rewards"][sample["rewards"].isfinite()].double()
@@ -80,9 +69,9 @@ def measure_samples(trainer: Any, samples: Samples, base_is_loaded: bool) -> dic
             sums[5] += mask.any(1).sum()
             if base_is_loaded:
                 batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in sample.items()}
-                base_logps = trainer.score_micro_batch(batch)[0].cpu()
+                base_logps = host.score(batch)[0].cpu()
                 sums[4] += (sample["logps"] - base_logps)[mask].double().sum()
-    rewards, count, entropy, tokens, log_ratio, sequences = reduced(trainer.accelerator, sums)
+    rewards, count, entropy, tokens, log_ratio, sequences = reduced(accelerator, sums)
     measures = {"reward": rewards / count if count else math.nan, "entropy": entropy / max(tokens, 1)}
     if base_is_loaded:
         measures |= {"kl_per_sequence": log_ratio / max(sequences, 1), "kl_per_token": log_ratio / max(tokens, 1)}
@@ -91,7 +80,7 @@ def measure_samples(trainer: Any, samples: Samples, base_is_loaded: bool) -> dic
 
 def reduced(accelerator: Accelerator, sums: torch.Tensor) -> list[float]:
     """Sums over all processes."""
-    # Not every device has float64: the sums travel as two float32, what is rounded off as the second
+    # Not every device has float64: each sum travels as two float32, the second of which is the rounding error
     coarse = sums.float()
     parts = torch.stack([coarse, (sums - coarse.double()).float()]).to(accelerator.device)
     return accelerator.gather(parts[None]).cpu().double().sum(dim=(0, 1)).tolist()

@@ -1,76 +1,161 @@
-"""Samples the fixed set of a round with TRL's own rollouts."""
-
-from functools import partial
-from typing import TYPE_CHECKING
+"""Where the fixed set of a round comes from: TRL's own rollouts, or rollouts that are stored in the data set."""
 
 import torch
 from accelerate.logging import get_logger
 
-from trl_ext.erpd.fixed_set import FixedSet, Row, collate, rows_of, share_out
+from trl_ext.erpd.extraction import EXTRACTION_LOSSES
+from trl_ext.erpd.fixed_set import FixedSet, RoundRollouts, Row, rows_of, share_out
+from trl_ext.erpd.growing_set import GrowingSet
+from trl_ext.erpd.host import Host
+from trl_ext.erpd.schedule import as_list
 from trl_ext.losses import outcomes_of
 
 
-if TYPE_CHECKING:
-    from trl_ext.erpd.erpd_trainer import ERPDTrainer
-
 logger = get_logger(__name__)
 
+POLICY_SETTINGS = (
+    "learning_rate",
+    "extraction_learning_rate",
+    "extraction_beta",
+    "signal_normalization",
+    "signal_clip",
+    "outcome_advantage_weight",
+    "distillation_epsilon",
+    "distillation_anchor",
+    "trust_region",
+    "trust_region_radius",
+)
+MIN_DIFFERENCE = 1e-6  # between two rewards
+MIN_ADVANTAGE = 1e-2  # below it, an advantage is what rounding makes of equal rewards
 
-def sample_fixed_set(trainer: "ERPDTrainer", round_number: int) -> tuple[FixedSet, dict[str, float]]:
-    """The rollouts of a round, generation by generation as GRPO makes them, and what is worth logging about them."""
-    dataset = trainer._remove_unused_columns(trainer.train_dataset, description="training")
-    prompts = prompts_of_round(trainer, round_number)
-    per_generation = trainer.args.generation_batch_size // trainer.num_generations
+
+def sample_rollouts(host: Host, round_number: int, rounds: int, resume_from: str | None) -> RoundRollouts:
+    """
+    The rollouts of a round, generation by generation as GRPO makes them.
+
+    Each generation is written to the output directory as soon as it has its rewards. A run that was interrupted goes
+    on with the first generation that is missing, and with the random state from which that would have been sampled.
+
+    Args:
+        resume_from (`str`, *optional*):
+            Output directory of the run that is resumed.
+    """
+    args, accelerator = host.trainer.args, host.trainer.accelerator
+    dataset, prompts = host.prompts(), prompts_of_round(host, round_number)
+    per_generation = args.generation_batch_size // host.num_generations
+    # Later rounds are sampled by a policy that the run itself has trained
+    settings = {name: getattr(args, name) for name in POLICY_SETTINGS} if round_number > 1 else {}
+    on_disk = GrowingSet(str(args.output_dir), round_number, host.identity() | settings, accelerator)
+    finished = on_disk.begin(resume_from)
     chunks: list[list[Row]] = []
-    rewards_of_chunks: list[torch.Tensor] = []  # of all processes
-    for start in range(0, len(prompts), per_generation):
-        trainer.describe(f"Round {round_number}/{trainer.schedule.rounds}: sampling, prompt {start}/{len(prompts)}")
-        rows = [dataset[i] for i in prompts[start : start + per_generation]]
-        rows = [dict(row) for row in rows for _ in range(trainer.num_generations)]
-        local = len(rows) // trainer.accelerator.num_processes
-        first = trainer.accelerator.process_index * local
-        rollouts, rewards = trainer.sample(rows[first : first + local])
-        if rollouts.get("num_images") is not None:
-            raise ValueError(
-                "The rollouts hold images, and the fixed set keeps tokens alone: leave images out of the prompts, or "
-                "train with DRPOTrainer."
-            )
-        chunks.append(rows_of(rollouts, rewards))
-        rewards_of_chunks.append(trainer.rewards.float().cpu())
-    all_rewards = torch.stack(rewards_of_chunks)  # (chunk, rollout)
-    groups = all_rewards.view(-1, trainer.num_generations)
-    agrees = ((groups - groups.nanmean(1, keepdim=True)).abs().nan_to_num() < 1e-6).all(1)
-    agreeing = int(agrees.sum())
-    outcomes = outcomes_of(all_rewards)
-    if trainer.args.extraction_skips_agreeing_prompts:
-        outcomes.view_as(groups)[agrees] = torch.nan
-    for chunk, chunk_outcomes in zip(chunks, outcomes, strict=True):
-        first = trainer.accelerator.process_index * len(chunk)
-        for row, outcome in zip(chunk, chunk_outcomes[first:], strict=False):
+    rewards: list[torch.Tensor] = []
+    for number, start in enumerate(range(0, len(prompts), per_generation)):
+        if number < finished:
+            rows, rewards_of_generation, progress = on_disk.read(number)
+            if number == finished - 1:
+                host.restore_progress(progress)
+                host.load_random_state(on_disk.generation_folder(number))
+        else:
+            host.describe(f"Round {round_number}/{rounds}: sampling, prompt {start}/{len(prompts)}")
+            inputs = [dataset[i] for i in prompts[start : start + per_generation] for _ in range(host.num_generations)]
+            local = len(inputs) // accelerator.num_processes
+            first = accelerator.process_index * local
+            sampled = host.sample([dict(row) for row in inputs[first : first + local]])
+            if sampled.rollouts.get("num_images") is not None:
+                raise ValueError(
+                    "The rollouts hold images, but the fixed set keeps only tokens: leave images out of the prompts, "
+                    "or train with DRPOTrainer."
+                )
+            rows, rewards_of_generation = rows_of(sampled.rollouts, sampled.own_rewards), sampled.rewards.float().cpu()
+            host.save_random_state(on_disk.generation_folder(number))
+            on_disk.write(number, rows, rewards_of_generation, host.progress())
+        chunks.append(rows)
+        rewards.append(rewards_of_generation)
+    numbers = torch.arange(len(prompts)).repeat_interleave(host.num_generations)
+    return RoundRollouts(chunks, torch.cat(rewards), numbers)
+
+
+def prompts_of_round(host: Host, round_number: int) -> list[int]:
+    """Indices into the data set. No prompt is used again before a round needs more prompts than are left."""
+    size = host.prompts_per_round
+    epoch, place = divmod(round_number - 1, len(host.trainer.train_dataset) // size)
+    return host.prompt_order(host.trainer.args.seed + epoch)[place * size : (place + 1) * size]
+
+
+def make_fixed_set(host: Host, rollouts: RoundRollouts, round_number: int) -> tuple[FixedSet, dict[str, float]]:
+    """The set of a round, and what is worth logging about it."""
+    args, accelerator = host.trainer.args, host.trainer.accelerator
+    rewards, prompts = rollouts.rewards, rollouts.prompts
+    agrees = agreeing_prompts(rewards, prompts)
+    outcomes = outcomes_of(rewards)
+    if args.extraction_skips_agreeing_prompts:
+        outcomes[agrees[prompts]] = torch.nan
+    place = accelerator.process_index * len(rollouts.chunks[0])
+    for chunk in rollouts.chunks:
+        for row, outcome in zip(chunk, outcomes[place:], strict=False):
             row["outcomes"] = outcome
-    if agreeing == len(prompts):
-        logger.warning(
-            f"Round {round_number}: the rollouts of every prompt have the same reward, so that the set teaches "
-            "nothing: choose easier or harder prompts, or raise num_generations."
-        )
-    padded = partial(
-        collate, pad_token_id=trainer._tokenizer.pad_token_id, pad_to_multiple_of=trainer.pad_to_multiple_of
-    )
-    size, seed = trainer.args.per_device_train_batch_size, trainer.args.seed + round_number
-    fixed_set = share_out(chunks, trainer.accelerator, size, seed, padded)
+        place += accelerator.num_processes * len(chunk)
+    size, seed = args.per_device_train_batch_size, args.seed + round_number
+    fixed_set = share_out(rollouts.chunks, accelerator, size, seed, host.collate)
+
+    # Not by the rewards alone: several functions may differ and have the same sum
+    largest = torch.stack([batch["advantages"].abs().max() for batch in fixed_set.batches]).max()
+    largest = accelerator.gather(largest[None].to(accelerator.device)).max()
+    differ = bool((~agrees).any()) or bool(largest >= MIN_ADVANTAGE)
+    reason = nothing_to_learn(rewards, outcomes, differ, as_list(args.extraction_loss))
+    if reason is not None:
+        fixed_set.is_informative = False
+        logger.warning(f"Round {round_number} is skipped and leaves the policy as it is, because {reason}.")
     return fixed_set, {
-        "fixed_set/prompts": len(prompts),
-        "fixed_set/prompts_without_signal": agreeing,
-        "fixed_set/rollouts": len(prompts) * trainer.num_generations,
+        "fixed_set/prompts": len(agrees),
+        "fixed_set/prompts_without_signal": int(agrees.sum()),
+        "fixed_set/rollouts": len(rewards),
         "fixed_set/tokens": fixed_set.num_tokens,
+        "fixed_set/skipped": float(reason is not None),
     }
 
 
-def prompts_of_round(trainer: "ERPDTrainer", round_number: int) -> list[int]:
-    """Indices into the data set: no prompt comes again before a round needs more than are left."""
-    length, size = len(trainer.train_dataset), trainer.prompts_per_round
-    epoch, place = divmod(round_number - 1, length // size)
-    order = torch.arange(length)
-    if trainer.shuffle_dataset:
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(trainer.args.seed + epoch))
-    return order[place * size : (place + 1) * size].tolist()
+def agreeing_prompts(rewards: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """
+    Whether all rollouts of a prompt have the same reward, of shape `(prompts,)`. A rollout without a reward does not
+    count.
+
+    Args:
+        rewards, prompts (`torch.Tensor` of shape `(rollouts,)`):
+            As in [`RoundRollouts`].
+    """
+    infinite = torch.full((int(prompts.max()) + 1,), torch.inf)
+    known = ~rewards.isnan()
+    lowest = infinite.scatter_reduce(0, prompts[known], rewards[known], "amin")
+    highest = (-infinite).scatter_reduce(0, prompts[known], rewards[known], "amax")
+    return ~(highest - lowest >= MIN_DIFFERENCE)
+
+
+def nothing_to_learn(rewards: torch.Tensor, outcomes: torch.Tensor, differ: bool, losses: list[str]) -> str | None:
+    """
+    Why a set teaches nothing, with what to do about it, or `None`.
+
+    Args:
+        rewards, outcomes (`torch.Tensor` of shape `(rollouts,)`):
+            NaN for the rollouts that do not count.
+        differ (`bool`):
+            Whether some rollouts of the same prompt have different advantages.
+        losses (`list[str]`):
+            The objectives of stage 1.
+    """
+    known = rewards[~rewards.isnan()]
+    if not len(known):
+        return "none of its rollouts has a reward: check the reward function, which returned None for every completion"
+    if not differ and known.max() - known.min() < MIN_DIFFERENCE:
+        return (
+            f"all of its {len(known)} rollouts have the same reward ({known[0]:g}): check the reward function, whose "
+            "answer parser most likely fails on every completion"
+        )
+    if any(EXTRACTION_LOSSES[loss].compares_prompts for loss in losses) and outcomes.isfinite().any():
+        return None
+    if differ:
+        return None
+    return (
+        f"the rollouts of every prompt have the same reward, from which {' and '.join(losses)} cannot learn: choose "
+        "easier or harder prompts, or raise num_generations"
+    )

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 from trl import GRPOConfig
 
-from trl_ext.losses.signal import SIGNALS
+from trl_ext.losses.erpd import SIGNALS
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,16 @@
 """Per-token losses in plain torch: tensors in, loss and metrics out. Nothing here knows TRL or transformers."""
 
 from trl_ext.losses.drpo import dppo_loss, drpo_loss, spo_loss
-from trl_ext.losses.erpd import outcomes_of, reward_cross_entropy_loss, reward_regression_loss, sapo_loss
+from trl_ext.losses.erpd import (
+    normalize_signal,
+    outcomes_of,
+    reward_cross_entropy_loss,
+    reward_regression_loss,
+    sapo_loss,
+    token_signal,
+)
 from trl_ext.losses.ppo_clip import ppo_clip_loss
 from trl_ext.losses.rlad import DISTILLATIONS, kdrl_penalty, trrd_loss
-from trl_ext.losses.signal import normalize_signal, token_signal
 from trl_ext.losses.token_loss import TokenLoss
 from trl_ext.losses.tropd import (
     GUIDANCE_SCHEDULES,

@@ -1,11 +1,13 @@
 r"""
-Objectives that squeeze a fixed set of rollouts: stage 1 of [arXiv 2605.25582](https://huggingface.co/papers/2605.25582).
+ERPD, extreme region policy distillation ([arXiv 2605.25582](https://huggingface.co/papers/2605.25582)): the objectives
+of stage 1, which squeeze a fixed set of rollouts, and the token-level signal of a teacher, which stage 2 distils.
 
-Notation: \\( \pi \\) current policy, \\( \pi_0 \\) the policy that sampled the set, \\( y \\) a completion,
-\\( R(y) = \beta_r \sum_t \log \frac{\pi(y_t)}{\pi_0(y_t)} \\) its implicit reward. The paper names the three
-objectives; what is known to us of it does not give their formulas, which but for SAPO's are our choice.
+Notation: \\( \pi \\) the current policy, \\( \pi_0 \\) the base policy, which sampled the set, \\( y \\) a completion,
+\\( R(y) = \beta_r \sum_t \log \frac{\pi(y_t)}{\pi_0(y_t)} \\) its implicit reward, \\( \pi_E \\) the extreme region
+policy, trained on the rewards, \\( \pi_U \\) the unlearned policy, trained on the reversed rewards. The paper names
+the three objectives and the signals; except for SAPO's, the formulas below are our choice.
 
-Common arguments of the functions below:
+Common arguments of the losses:
 
 - `logps` (`torch.Tensor` of shape `(batch, time)`): \\( \log \pi \\) in nats, differentiable.
 - `base_logps` (`torch.Tensor` of shape `(batch, time)`): \\( \log \pi_0 \\) in nats, a constant; a value that is not
@@ -16,10 +18,15 @@ The two losses that judge a whole sequence spread its loss evenly over its token
 sequence is its loss**, and the gradient of each token is that of the sequence's loss. So average the sums.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trl_ext.losses.token_loss import Metrics, TokenLoss, at_least_float32, known_or_current, masked, policy_ratio
+
+
+# ---- the objectives of stage 1
 
 
 def sapo_loss(
@@ -38,8 +45,8 @@ def sapo_loss(
     $$ L = -\frac{4}{\tau}\, \sigma(\tau (r - 1))\, A, \qquad
     \tau = \tau_+ \text{ where } A > 0, \text{ else } \tau_- $$
 
-    Its gradient is \\( -A r \, 4 \sigma (1 - \sigma) \nabla \log \pi \\): the policy gradient at \\( r = 1 \\), faded
-    out smoothly on both sides. A loss a token, to be averaged like any other.
+    Its gradient is \\( -A r \, 4 \sigma (1 - \sigma) \nabla \log \pi \\): the policy gradient at \\( r = 1 \\), fading
+    out smoothly on both sides. A per-token loss, to be averaged like any other.
 
     Args:
         advantages (`torch.Tensor` of shape `(batch, 1)` or `(batch, time)`):
@@ -143,12 +150,97 @@ def implicit_reward(
 
 
 def _spread(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(batch,) -> (batch, time), such that each row sums to its loss. A row without tokens has none."""
+    """`(batch,)` to `(batch, time)`, so that each row sums to its loss, or to 0 if it has no tokens."""
     mask = mask.bool()
     per_token = losses / mask.sum(-1).clamp(min=1)
     return masked(per_token.unsqueeze(1).expand(mask.shape), mask)
 
 
 def _where(values: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """`values`, detached, and NaN, which the reduction leaves out, where `condition` is False."""
+    """`values`, detached, where `condition` holds, else NaN, which the reduction leaves out."""
     return torch.where(condition, values.detach(), torch.nan)
+
+
+# ---- the signal that stage 2 distils
+
+# signal -> the two policies whose log-ratio it is: (numerator, denominator)
+SIGNALS: dict[str, tuple[str, str]] = {
+    "teacher": ("teacher", "base"),
+    "unlearned_reference": ("teacher", "unlearned"),
+    "unlearned_teacher": ("base", "unlearned"),
+}
+# In nats. Two passes of the same policy differ by about this much: below it, nothing was learned
+MIN_SIGNAL_STD = 1e-5
+
+
+def token_signal(signal: str, logps: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    r"""
+    The raw signal, detached, in nats; 0 where masked, NaN where a policy gave no finite log-probability.
+
+    | signal | \\( s_t \\) |
+    |---|---|
+    | `"teacher"` | \\( \log \pi_E - \log \pi_0 \\) |
+    | `"unlearned_reference"` | \\( \log \pi_E - \log \pi_U \\) |
+    | `"unlearned_teacher"` | \\( \log \pi_0 - \log \pi_U \\) |
+
+    Args:
+        logps (`dict[str, torch.Tensor]`):
+            `"base"`, `"teacher"` and `"unlearned"`, those that the signal needs: each of shape `(batch, time)`.
+        mask (`torch.Tensor` of shape `(batch, time)`):
+            Non-zero for the tokens that count.
+    """
+    numerator, denominator = (logps[name].detach().float() for name in SIGNALS[signal])
+    difference = numerator - denominator
+    return masked(torch.where(difference.isfinite(), difference, torch.nan), mask.bool())
+
+
+def signal_moments(signal: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Count, sum and sum of squares over the unmasked tokens that have a signal, of shape `(3,)`, in float64. The moments
+    of several batches add up.
+    """
+    values = signal[mask.bool() & ~signal.isnan()].double()
+    return torch.stack([torch.tensor(float(values.numel()), dtype=torch.float64), values.sum(), values.square().sum()])
+
+
+def mean_and_std(moments: Sequence[float] | torch.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation, in nats, of the tokens that `signal_moments` saw; (0, 0) if there were none."""
+    count, total, squares = (float(x) for x in moments)
+    if not count:
+        return 0.0, 0.0
+    mean = total / count
+    return mean, max(squares / count - mean**2, 0.0) ** 0.5
+
+
+def normalize_signal(
+    signal: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    mean: float,
+    std: float,
+    normalization: str = "standardize",
+    clip: float | None = 2.0,
+) -> torch.Tensor:
+    r"""
+    \\( \mathrm{clamp}((s_t - m) / d, -c, c) \\), of shape `(batch, time)`, 0 where masked or NaN. Our
+    choice.
+
+    `"standardize"`: \\( m \\) mean and \\( d \\) standard deviation over the tokens of the whole set. The mean of
+    `"teacher"` on the base's own samples is \\( -\mathrm{KL}(\pi_0 \| \pi_E) \le 0 \\): left in, it pushes every
+    token down. `"scale"`: only the division. `"none"`: neither. A signal whose spread is below `MIN_SIGNAL_STD` is
+    rounding noise and becomes 0.
+
+    Args:
+        mean (`float`), std (`float`):
+            Over the tokens of the whole set, all processes.
+        clip (`float`, *optional*, defaults to `2.0`):
+            \\( c \\). `None` for no bound.
+    """
+    known = mask.bool() & ~signal.isnan()
+    if std < MIN_SIGNAL_STD:
+        return torch.zeros_like(signal)
+    if normalization == "standardize":
+        signal = signal - mean
+    if normalization != "none":
+        signal = signal / std
+    return masked(signal if clip is None else signal.clamp(-clip, clip), known)

@@ -1,0 +1,106 @@
+"""A set from which nothing can be learned, e.g. of a broken answer parser, does not move the policy."""
+
+import pytest
+import tiny
+import torch
+from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
+
+from trl_ext import ERPDConfig, ERPDTrainer
+from trl_ext.erpd.sampling import agreeing_prompts, nothing_to_learn
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def constant(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def make_trainer(path, output_dir, reward, eval_dataset=None, **overrides):
+    """What would move a policy without any signal is on: weight decay, the KL term, an entropy bonus."""
+    defaults = {"weight_decay": 0.1, "beta": 0.1, "entropy_coef": 0.1, "prompts_per_round": 4}
+    defaults |= {"extraction_passes": 1, "distillation_passes": 1, "per_device_eval_batch_size": 8}
+    args = ERPDConfig(**settings(output_dir, **defaults | overrides))
+    torch.manual_seed(0)
+    return ERPDTrainer(path, reward, args, tiny.prompts(), eval_dataset)
+
+
+@pytest.mark.parametrize("extraction_loss", ["ce", "mse"])
+def test_a_constant_reward_does_not_move_the_policy(path, tmp_path, caplog, extraction_loss):
+    trainer = make_trainer(
+        path, tmp_path, constant, tiny.prompts(2), extraction_loss=extraction_loss, distillation_anchor="pass"
+    )
+    start = parameters(trainer)
+    trainer.train()
+    assert_equal(parameters(trainer), start)
+    assert trainer.state.global_step == 2 * 2
+    expected = (
+        "Round 1 is skipped and leaves the policy as it is, because all of its 16 rollouts have the same reward (0): "
+        "check the reward function, whose answer parser most likely fails on every completion."
+    )
+    assert caplog.text.count(expected) == 1
+    assert [log["fixed_set/skipped"] for log in trainer.state.log_history if "fixed_set/skipped" in log] == [1]
+
+
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_only_the_round_without_information_is_skipped(path, tmp_path, skipped):
+    """Of two rounds; each step can be resumed from."""
+
+    def reward(completions, trainer_state, **kwargs):
+        round_number = 1 + (trainer_state.global_step >= 4)
+        return constant(completions) if round_number == skipped else right_or_wrong(completions)
+
+    settings = {"rounds": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(path, tmp_path, reward, **settings)
+    start = parameters(trainer)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    assert [log["grad_norm"] > 0 for log in logs] == [log["round"] != skipped for log in logs]
+    assert [log["loss"] == 0 for log in logs if log["round"] == skipped] == [True] * 4
+    assert any(not torch.equal(value, start[name]) for name, value in parameters(trainer).items())
+    for step in (2, 4, 6):
+        resumed = make_trainer(path, tmp_path / f"from-{step}", reward, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_equal(parameters(resumed), parameters(trainer))
+
+
+def test_rewards_that_are_equal_within_a_prompt_teach_some_objectives(path, tmp_path, caplog):
+    """`ce` compares prompts, the other two only the rollouts of a prompt."""
+
+    def by_prompt(prompts, **kwargs):
+        return [float("1" in prompt) for prompt in prompts]
+
+    trainer = make_trainer(path, tmp_path, by_prompt, extraction_loss="mse")
+    start = parameters(trainer)
+    trainer.train()
+    assert_equal(parameters(trainer), start)
+    assert "the rollouts of every prompt have the same reward, from which mse cannot learn" in caplog.text
+    trainer = make_trainer(path, tmp_path, by_prompt, extraction_loss="ce")
+    trainer.train()
+    assert any(not torch.equal(value, start[name]) for name, value in parameters(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("rewards", "outcomes", "differ", "losses", "reason"),
+    [
+        ([torch.nan] * 2, [torch.nan] * 2, False, ["ce"], "none of its rollouts has a reward"),
+        ([0.1, torch.nan], [torch.nan] * 2, False, ["ce"], "all of its 1 rollouts have the same reward (0.1)"),
+        ([0.0, 1.0], [0.0, 1.0], True, ["mse"], None),
+        ([0.0, 1.0], [0.0, 1.0], False, ["sapo", "mse"], "from which sapo and mse cannot learn"),
+        ([0.0, 1.0], [0.0, 1.0], False, ["sapo", "ce"], None),
+        ([0.0, 1.0], [torch.nan] * 2, False, ["ce"], "from which ce cannot learn"),  # if they are to be left out
+        ([1.0, 1.0], [torch.nan] * 2, True, ["mse"], None),  # two functions that differ and have the same sum
+    ],
+)
+def test_why_a_set_teaches_nothing(rewards, outcomes, differ, losses, reason):
+    found = nothing_to_learn(torch.tensor(rewards), torch.tensor(outcomes), differ, losses)
+    assert found is None if reason is None else reason in found
+
+
+def test_prompts_agree_in_groups_of_any_size():
+    nan = torch.nan
+    rewards = torch.tensor([1.0, 0.0, 0.3, nan, 1.0, 0.3, nan, 0.3 + 1e-8])
+    prompts = torch.tensor([0, 0, 1, 2, 3, 1, 3, 1])
+    assert agreeing_prompts(rewards, prompts).tolist() == [False, True, True, True]

@@ -1,0 +1,117 @@
+"""The rollouts of a round on disk while they are sampled, so that an interrupted run keeps what it has."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from trl_ext.erpd.fixed_set import Row
+from trl_ext.rollout_checkpoint import read_batches, read_metadata, write_batches
+
+
+logger = get_logger(__name__)
+
+
+class GrowingSet:
+    """
+    One folder for each generation of a round, each with one file per process, which exists only once it is whole.
+
+    Args:
+        run_folder (`str`):
+            The run's output directory. The rollouts go to `run_folder/round-{number}/rollouts`.
+        round_number (`int`):
+            From 1.
+        identity (`dict[str, Any]`):
+            What a run that goes on with these rollouts must have in common with the one that sampled them.
+        accelerator ([`~accelerate.Accelerator`]):
+            Says which process this is.
+    """
+
+    def __init__(self, run_folder: str, round_number: int, identity: dict[str, Any], accelerator: Accelerator) -> None:
+        self.folder = rollouts_folder(run_folder, round_number)
+        self.identity = json.loads(json.dumps(identity))  # as it is when it is read
+        self.accelerator = accelerator
+
+    def begin(self, resume_from: str | None) -> int:
+        """
+        Prepares the folder, and returns the number of generations that need not be sampled again.
+
+        Args:
+            resume_from (`str`, *optional*):
+                Output directory of the run that is resumed. `None` for a run from the start, which sets aside what an
+                earlier run left.
+        """
+        if resume_from is None:
+            self._set_aside("of an earlier run, which resume_from_checkpoint=True would go on with, ")
+            return 0
+        source = rollouts_folder(resume_from, int(self.folder.parent.name.split("-")[1]))
+        if source.resolve() != self.folder.resolve():
+            if self.accelerator.is_local_main_process and source.exists():
+                shutil.copytree(source, self.folder, dirs_exist_ok=True)
+            self.accelerator.wait_for_everyone()
+        whole = 0
+        while self._file(whole).exists():
+            whole += 1
+        differing = self._differing_settings() if whole else ""
+        counts = torch.tensor([[whole, 0 if differing else whole]], device=self.accelerator.device)
+        found, usable = self.accelerator.gather(counts).T.tolist()
+        if max(found) and not min(usable):  # the same on all processes
+            self._set_aside(f"that do not fit this run ({differing or 'on another process'}) ")
+        return min(usable)
+
+    def write(self, number: int, rows: list[Row], rewards: torch.Tensor, progress: dict[str, Any]) -> None:
+        """Adds this process's `rows` of a generation, and the rewards of all processes, in one atomic step."""
+        file = self._file(number)
+        unfinished = file.with_suffix(".unfinished")
+        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
+        write_batches(unfinished, [{"rewards": rewards.cpu()}, *rows], metadata)
+        os.replace(unfinished, file)
+
+    def read(self, number: int) -> tuple[list[Row], torch.Tensor, dict[str, Any]]:
+        """What `write` was given."""
+        first, *rows = read_batches(self._file(number), torch.device("cpu"))
+        return rows, first["rewards"], json.loads(read_metadata(self._file(number))["progress"])
+
+    def generation_folder(self, number: int) -> str:
+        return str(self.folder / f"generation-{number:05d}")
+
+    def _file(self, number: int) -> Path:
+        return Path(self.generation_folder(number)) / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _differing_settings(self) -> str:
+        theirs = json.loads(read_metadata(self._file(0))["identity"])
+        names = [name for name in self.identity if theirs.get(name) != self.identity[name]]
+        return ", ".join(f"{name} {theirs.get(name)} -> {self.identity[name]}" for name in names)
+
+    def _set_aside(self, what: str) -> None:
+        if self.folder.exists() and self.accelerator.is_local_main_process:
+            old = self.folder.with_name("rollouts.old")
+            logger.warning(f"Rollouts {what}are kept in {old}; the prompts are sampled anew.")
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+        self.accelerator.wait_for_everyone()
+
+
+def rollouts_folder(run_folder: str, round_number: int) -> Path:
+    return Path(run_folder) / f"round-{round_number}" / "rollouts"
+
+
+def has_rollouts(run_folder: str, accelerator: Accelerator) -> bool:
+    """Whether a run in this folder was interrupted while or after it sampled its first set. Same on all processes."""
+    found = any(rollouts_folder(run_folder, 1).glob(f"generation-00000/rollouts_{accelerator.process_index}.*"))
+    return bool(accelerator.gather(torch.tensor([found], device=accelerator.device)).all())
+
+
+def remove_rollouts(run_folder: str, round_number: int, accelerator: Accelerator) -> None:
+    """Removes the rollouts of a round that is over, and its folder if nothing else is in it."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        folder = rollouts_folder(run_folder, round_number)
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.exists() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
