@@ -4,6 +4,7 @@ examples/accelerate_configs.
 """
 
 import importlib.util
+import itertools
 import math
 
 import pytest
@@ -17,21 +18,26 @@ RELATIVE, ABSOLUTE = 1e-3, 1e-5
 NOT_COMPARED = ("step_time", "eval_loss", "eval_runtime", "eval_samples", "eval_steps", "completions/", "rewards/")
 # TRL's means over the tokens of a micro-batch
 OF_MICRO_BATCHES = ("entropy", "kl")
+TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
 
 
-def cases(wanted):
-    return [
-        pytest.param(layout, name, marks=[NEEDS_DEEPSPEED] if layout.startswith("zero") else [], id=f"{layout}-{name}")
-        for layout in LAYOUTS
-        for name, case in CASES.items()
-        if layout in case.layouts and wanted(case)
-    ]
+def cases(wanted, situation=None):
+    """Layouts and names of the cases that are `wanted`; `situation`: what they show of a layout to docs/support.md."""
+    found = []
+    for layout, (name, case) in itertools.product(LAYOUTS, CASES.items()):
+        if layout in case.layouts and wanted(case):
+            marks = [NEEDS_DEEPSPEED] if layout.startswith("zero") else []
+            if situation is not None and name in (case.trainer, f"{case.trainer}-lora"):
+                title = TITLES[layout] + (", LoRA" if case.lora else "") + situation
+                marks.append(pytest.mark.supports(case.trainer, title))
+            found.append(pytest.param(layout, name, marks=marks, id=f"{layout}-{name}"))
+    return found
 
 
-@pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.fault is None))
+@pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.fault is None, ""))
 def test_two_processes_train_what_one_trains(launch, layout, case):
     ours, theirs = launch(layout), launch("one")
     skipped = NOT_COMPARED + (OF_MICRO_BATCHES if CASES[case].accumulation > 1 else ())
@@ -53,7 +59,7 @@ def test_two_processes_train_what_one_trains(launch, layout, case):
                 assert our_log[name] == pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE), f"{name} at step {step}"
 
 
-@pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.resumes and case.fault is None))
+@pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.resumes and case.fault is None, ": resuming"))
 def test_resuming_is_exact(launch, layout, case):
     whole, resumed = (launch(layout).weights(case, folder) for folder in ("final", "resumed/final"))
     assert set(resumed) == set(whole)
