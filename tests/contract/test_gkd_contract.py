@@ -14,6 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_ext import TrOPDConfig, TrOPDTrainer
+from trl_ext.teacher import TeacherMixin
 from trl_ext.tropd.prompts import PromptCollator
 from trl_ext.tropd.vllm_settings import VLLMSettings
 from trl_ext.whole_checkpoint import WholeCheckpoints
@@ -31,7 +32,8 @@ def source(function):
 
 
 def test_the_chain_of_classes():
-    assert TrOPDTrainer.__mro__[1:4] == (WholeCheckpoints, GKDTrainer, SFTTrainer), HERE
+    assert TrOPDTrainer.__bases__ == (TeacherMixin, WholeCheckpoints, GKDTrainer)
+    assert GKDTrainer.__mro__[1] is SFTTrainer, HERE  # whose constructor is called
     assert issubclass(TrOPDConfig, GKDConfig)
 
 

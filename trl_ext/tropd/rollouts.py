@@ -1,10 +1,12 @@
-"""The rollouts of one optimizer step: who writes which tokens, and the tensors that become of them."""
+"""The rollouts of one optimizer step: who writes which tokens, and the tensors made of them."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from trl.trainer.utils import pad
+
+from trl_ext.losses.token_loss import Metrics
 
 
 @dataclass
@@ -16,11 +18,11 @@ class Rollout:
         prompt (`list[int]`):
             The prompt.
         completion (`list[int]`):
-            What follows it.
+            The completion.
         guided (`int`):
-            How many of the completion's first tokens are the teacher's, as guidance.
+            How many tokens at the beginning of the completion the teacher wrote, as guidance.
         off_policy (`bool`):
-            Whether the whole completion is someone else's (`lmbda` below 1).
+            Whether the student wrote none of the completion (`lmbda` below 1).
     """
 
     prompt: list[int]
@@ -31,9 +33,9 @@ class Rollout:
 
 def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: torch.Generator) -> list[Rollout]:
     """
-    Samples a completion for each row, or takes the one that is there.
+    Samples a completion for each row, or takes the one of the dataset.
 
-    All processes come to each generation together, whatever the draws are, because under ZeRO-3 they need each other.
+    Whatever the draws are, all processes take part in each generation, because ZeRO-3 gathers weights from them all.
 
     Args:
         trainer ([`TrOPDTrainer`]):
@@ -41,7 +43,7 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
         rows (`list[tuple[list[int], list[int]]]`):
             Prompts, and the dataset's completions (empty where there is none).
         generator (`torch.Generator`):
-            Of the draws that are not the models' own.
+            Of all draws but those of the models.
     """
     args, sampler, training = trainer.args, trainer.sampler, trainer.model.training
     lmbda = args.lmbda if training else 1.0
@@ -57,15 +59,15 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
         if args.guidance == "teacher":
             written = [own if off else theirs for off, theirs, own in zip(off_policy, sampled, written, strict=True)]
 
-    # The student always writes the last token at least, so the end of a whole completion is not in its prefix
+    # The student writes at least the last token, so a prefix never contains the end of a completion
     available = [0 if off else len(sampler.without_end(own)) for off, own in zip(off_policy, written, strict=True)]
     available = [min(length, args.max_new_tokens - 1) for length in available]
     lengths = prefix_lengths(available, longest, args.guidance_share, args.guidance_prefix == "random", generator)
     starts = [prompt + own[:length] for (prompt, _), own, length in zip(rows, written, lengths, strict=True)]
     continued: list[list[int]] = [[] for _ in rows]
     if lmbda > 0:
-        wanted = [i for i, off in enumerate(off_policy) if not off] or [0]  # one at least: no process may stay away
-        if args.use_vllm:  # whose server wants as many prompts of every process
+        wanted = [i for i, off in enumerate(off_policy) if not off] or [0]  # this process must take part
+        if args.use_vllm:  # a server needs the same number of prompts from every process
             wanted = list(range(len(rows)))
         most = args.max_new_tokens - min(lengths[i] for i in wanted)
         for i, completion in zip(wanted, sampler.from_student([starts[i] for i in wanted], most), strict=True):
@@ -113,7 +115,7 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
 
     `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` of shape `(batch, length)`; `guided_mask` and
     `off_policy_mask` like the latter, 1 on those tokens; `draws`, uniform in [0, 1), like the latter; `positions`, the
-    indices of the completions' tokens in the flattened `completion_mask`, so that no device has to be asked for them.
+    indices of the completion tokens in the flattened `completion_mask`, known here without a device synchronisation.
     """
     longest = max(1, *(len(rollout.completion) for rollout in rollouts))
 
@@ -123,7 +125,7 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
     completion_mask = masks([len(rollout.completion) for rollout in rollouts])
     completions = [r.completion + [pad_token_id] * (longest - len(r.completion)) for r in rollouts]
     draws = torch.zeros(completion_mask.shape)
-    for row, rollout in zip(draws, rollouts, strict=True):  # row by row: the same in whatever batch it comes
+    for row, rollout in zip(draws, rollouts, strict=True):  # row by row, so that they do not depend on the batch
         row[: len(rollout.completion)] = torch.rand(len(rollout.completion), generator=generator)
     return {
         "prompt_ids": _left_padded([rollout.prompt for rollout in rollouts], pad_token_id),
@@ -134,6 +136,19 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
         "off_policy_mask": masks([len(rollout.completion) * rollout.off_policy for rollout in rollouts]),
         "draws": draws,
         "positions": completion_mask.flatten().nonzero().squeeze(1),
+    }
+
+
+def rollout_metrics(batch: dict[str, torch.Tensor], eos_token_ids: list[int]) -> Metrics:
+    """Lengths of the completions of a batch of [`collate`], and which of them were cut short; of shape `(batch,)`."""
+    mask = batch["completion_mask"]
+    lengths = mask.sum(1).float()
+    ended = torch.isin(batch["completion_ids"], mask.new_tensor(eos_token_ids)) & mask.bool()
+    return {
+        "completions/mean_length": lengths,
+        "completions/min_length": lengths,
+        "completions/max_length": lengths,
+        "completions/clipped_ratio": (~ended.any(1)).float(),
     }
 
 

@@ -19,8 +19,9 @@ from trl_ext.tropd.rollouts import left_padded
 @contextmanager
 def _bare_generation_config(model: Any) -> Iterator[None]:
     """
-    While this is active the checkpoint's own generation settings (a repetition penalty, say) do not count: `generate`
-    takes them wherever it is not told otherwise, and would sample from another distribution than the one we compute.
+    While this is active, the checkpoint's own generation settings (a repetition penalty, say) have no effect:
+    `generate` falls back to them for each setting that it is not given, and would sample from a distribution that is
+    not the one that is scored.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -32,7 +33,7 @@ def _bare_generation_config(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """While this is active the model is in evaluation mode: neither dropout nor noise in what is sampled."""
+    """While this is active, the model is in evaluation mode: samples have neither dropout nor embedding noise."""
     was_training = model.training
     model.eval()
     try:
@@ -43,7 +44,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 class RolloutSampler:
     """
-    Samples from the whole distribution at the trainer's temperature, with `generate` or, the student only, with vLLM.
+    Samples from the whole distribution at the trainer's temperature, with `generate` or (the student only) with vLLM.
 
     Args:
         trainer ([`TrOPDTrainer`]):
@@ -55,7 +56,7 @@ class RolloutSampler:
         own = trainer.model.generation_config.eos_token_id
         own = trainer._tokenizer.eos_token_id if own is None else own
         self.eos_token_ids: list[int] = [own] if isinstance(own, int) else list(own or [])
-        # Where a text of the teacher's ends: it may have other end tokens than the student
+        # The teacher may have other end tokens than the student
         self.teacher_eos_token_ids = sorted({*self.eos_token_ids, *(trainer.teacher.eos_token_ids or ())})
         self.generation_kwargs = {
             "max_new_tokens": args.max_new_tokens,
@@ -70,14 +71,17 @@ class RolloutSampler:
         self.generation_config = GenerationConfig(**self.generation_kwargs)
         self._backend = DistributedBackend(trainer.accelerator)
         self._vllm = self._start_vllm() if args.use_vllm else None
-        self._loaded_step = -1  # whose weights vLLM has
+        self._loaded_step = -1  # the step whose weights vLLM has
 
     def from_student(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """One completion a prompt, as token ids, up to its end token, which it keeps. vLLM's may be longer."""
+        """
+        One completion per prompt, as token ids, up to and including its end token. vLLM ignores `max_new_tokens` and
+        goes on to `args.max_new_tokens`.
+        """
         if self._vllm is None:
             return self._generate(self.trainer.model_wrapped, prompts, max_new_tokens, self.eos_token_ids)
         step = self.trainer.state.global_step
-        if step != self._loaded_step or not self.trainer.model.training:  # other weights may have been loaded since
+        if step != self._loaded_step or not self.trainer.model.training:  # evaluation may follow the loading of others
             self._vllm.sync_weights()
             self._loaded_step = step
         accelerator = self.trainer.accelerator
@@ -87,14 +91,14 @@ class RolloutSampler:
         return [list(completion) for completion in completions]
 
     def from_teacher(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """The same of the teacher, up to its own end or a token that the student may not have a number for."""
+        """The same from the teacher, up to its own end token or a token outside the student's vocabulary."""
         size = self.trainer.model.config.get_text_config().vocab_size
         with self.trainer.teacher.scoring() as model:
             completions = self._generate(model, prompts, max_new_tokens, self.teacher_eos_token_ids)
         return [list(takewhile(lambda token: token < size, completion)) for completion in completions]
 
     def without_end(self, completion: list[int]) -> list[int]:
-        """`completion` up to its first end token, the student's or the teacher's, without that."""
+        """`completion` before its first end token, the student's or the teacher's."""
         return list(takewhile(lambda token: token not in self.teacher_eos_token_ids, completion))
 
     def _generate(
@@ -130,7 +134,7 @@ class RolloutSampler:
 
     def _start_vllm(self) -> Any:
         if not is_vllm_available():
-            raise ImportError("use_vllm=True needs vLLM: pip install trl[vllm], or set use_vllm=False.")
+            raise ImportError("use_vllm=True needs vLLM: run `pip install trl[vllm]`, or set use_vllm=False.")
         from trl.generation.vllm_generation import VLLMGeneration  # imports vLLM
 
         trainer, args = self.trainer, self.trainer.args

@@ -16,24 +16,23 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, repeat_iterable_dataset
 
-from trl_ext.arguments import as_config, changed_settings, check_processing_class, check_sharded_adapter
+from trl_ext.arguments import as_config, check_processing_class, check_sharded_adapter
 from trl_ext.diagnostics import report_after_diagnostics
 from trl_ext.losses import least_of_top_share, longest_prefix
-from trl_ext.losses.token_loss import Metrics
 from trl_ext.metrics import TokenMetrics
-from trl_ext.next_token import HeadScaling, backbone, gathered_head, selected_logps
 from trl_ext.random_state import isolated_rng
 from trl_ext.teacher import TeacherMixin, make_teacher, text_tokenizer
+from trl_ext.tropd.checks import check_datasets, check_served_teacher, check_tropd_args, warning_of_unused_settings
 from trl_ext.tropd.objective import completion_loss, objective_of, own_mask, teacher_top_k
-from trl_ext.tropd.prompts import PromptCollator, check_columns, unpad
-from trl_ext.tropd.rollouts import collate, roll_out
+from trl_ext.tropd.prompts import PromptCollator, unpad
+from trl_ext.tropd.rollouts import collate, roll_out, rollout_metrics
 from trl_ext.tropd.sampling import RolloutSampler
-from trl_ext.tropd.tropd_config import TrOPDConfig, check_tropd_args, settings_without_effect
+from trl_ext.tropd.student import student_scores
+from trl_ext.tropd.tropd_config import TrOPDConfig
 from trl_ext.whole_checkpoint import WholeCheckpoints
 
 
@@ -46,21 +45,22 @@ logger = get_logger(__name__)
 class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     r"""
     Trainer for [Trust Region On-Policy Distillation](https://huggingface.co/papers/2606.01249): distils on the
-    student's own rollouts, only where the teacher is reliable. Per token \\( x \\) of the student's, with
-    \\( \rho = \pi_T(x) / \pi_S(x) \\), its loss is (Eq. 6, 8, 9)
+    student's own rollouts, and trusts the teacher's reward only where the teacher is reliable. For each token
+    \\( x \\) that the student sampled, with \\( \rho = \pi_T(x) / \pi_S(x) \\), its loss is (Eq. 6, 8, 9)
 
     $$ M (-\log \rho) + (1 - M) \sum_{v \in V_k} \pi_T(v) \log \frac{\pi_T(v)}{\pi_S(v)}, \qquad
     M \sim \mathrm{Bernoulli}(\min(\rho, 1)) $$
 
-    the first as a policy gradient, the second differentiated; and where a rollout begins with a prefix of the
-    teacher's, \\( -\beta_g \log \pi_S(x) \\) on that. The baselines OPD, EOPD and REOPOLD are there too
-    (`args.objective`). The mean is over all completion tokens of the optimizer step, on all processes.
+    with the first term as a policy gradient and the second differentiated; `args.outlier_loss` has other choices for
+    the second. On a prefix that the teacher wrote the loss is \\( -\beta_g \log \pi_S(x) \\). The baselines OPD, EOPD
+    and REOPOLD are choices of `args.objective`. The loss is averaged over all completion tokens of the optimizer step,
+    of all processes.
 
-    Rollouts are made once an optimizer step, with `generate` or vLLM, and scored by the teacher in one forward pass.
-    No tensor of shape (batch, time, vocabulary) exists, of either model.
+    Rollouts are sampled once per optimizer step, with `generate` or vLLM, and scored by the teacher in one forward
+    pass. No tensor of shape (batch, time, vocabulary) is ever built, for neither model.
 
     Takes the arguments of [`~trl.experimental.gkd.GKDTrainer`], in the same order; `args` may be a plain
-    [`~trl.experimental.gkd.GKDConfig`]. Rows have `messages`, or a `prompt` and perhaps a `completion`: see
+    [`~trl.experimental.gkd.GKDConfig`]. Rows have `messages`, or a `prompt` and optionally a `completion`: see
     [`PromptCollator`].
 
     Args:
@@ -125,7 +125,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             )
         if formatting_func is not None:
             raise ValueError(
-                f"{name} must know where a prompt ends, which formatting_func does not say: make a 'prompt' column "
+                f"{name} must know where a prompt ends, which formatting_func does not tell: make a 'prompt' column "
                 "with dataset.map() instead."
             )
         args = as_config(args, TrOPDConfig, model, self._name)
@@ -133,20 +133,20 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         check_tropd_args(args)
         needs = None
         if data_collator is None:
-            needs = self._check_datasets(args, train_dataset, eval_dataset)
+            needs = check_datasets(args, name, train_dataset, eval_dataset)
         self.teacher = make_teacher(teacher_model, model, args, name)
-        self._check_teacher(args)
+        check_served_teacher(args, self.teacher)
         processing_class = self.check_teacher_tokenizer(model, args, processing_class)
         tokenizer = text_tokenizer(processing_class)
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            raise ValueError(f"{name} pads, but the tokenizer has no padding or end token: set pad_token=... .")
+            raise ValueError(f"{name} pads, but the tokenizer has neither a padding nor an end token: set pad_token.")
         if data_collator is None:
             data_collator = PromptCollator(tokenizer, args.max_length, completions=needs is not None)
         if isinstance(train_dataset, IterableDataset) and args.num_generations > 1:
             train_dataset = repeat_iterable_dataset(train_dataset, args.num_generations)
 
-        # As in GKDTrainer, whose own constructor is passed over: its teacher is another
+        # What GKDTrainer's constructor sets. It is skipped because it loads and prepares a teacher in its own way
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super(GKDTrainer, self).__init__(
@@ -178,7 +178,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.sampler = RolloutSampler(self)
         self.prepare_teacher(self.sampler.eos_token_ids)
-        self.teacher_model = getattr(self.teacher, "model", None)  # as GKD names it; a server is none
+        self.teacher_model = getattr(self.teacher, "model", None)  # GKD's name for it; None for a server
         self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
         student_size = self.model.config.get_text_config().vocab_size
         self._vocab_size = student_size
@@ -190,46 +190,11 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self._eval_batches = 0
         self._num_items = torch.ones((), device=self.accelerator.device)
         self._num_tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
-        self._warn_about_args()
+        if warning := warning_of_unused_settings(args, name):
+            logger.warning(warning)
 
-    def _check_datasets(self, args: TrOPDConfig, train_dataset: Any, eval_dataset: Any) -> str | None:
-        """Refuses what is seen to be wrong in the columns; returns the setting that needs completions, if one does."""
-        needs = f"lmbda={args.lmbda}" if args.lmbda < 1 and not args.seq_kd else None
-        needs = "guidance='dataset'" if args.guidance == "dataset" else needs
-        check_columns(type(self).__name__, train_dataset, "train_dataset", needs)
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for key, dataset in evals.items():
-            check_columns(type(self).__name__, dataset, f"eval_dataset[{key!r}]" if key else "eval_dataset", None)
-        return needs
-
-    def _check_teacher(self, args: TrOPDConfig) -> None:
-        if self.teacher.is_local:
-            return
-        faults = {
-            "guidance='teacher'": (args.guidance == "teacher", "set guidance='dataset' with completions of its own"),
-            "seq_kd=True": (args.seq_kd and args.lmbda < 1, "set lmbda=1.0"),
-            f"objective={args.objective!r}": (
-                "teacher_entropy" in objective_of(args).tensors,
-                "choose another objective",
-            ),
-        }
-        for setting, (at_fault, mend) in faults.items():
-            if at_fault:
-                raise ValueError(
-                    f"{setting} needs the teacher's own samples or entropies, which the server {self.teacher.name} "
-                    f"does not give here: {mend}, or load the teacher here."
-                )
-
-    def _warn_about_args(self) -> None:
-        if unused := changed_settings(self.args, settings_without_effect(self.args)):
-            settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
-            logger.warning(
-                f"{settings} has no effect in {type(self).__name__} beside the other settings: leave it out, or see "
-                "docs/tropd.md for what needs it."
-            )
-
-    # Rollouts: made when the first micro-batch of an optimizer step is asked for. Not earlier, because a run that
-    # resumes restores the random state only after it has fetched the step's batches.
+    # Rollouts are made when the first micro-batch of an optimizer step is needed. Not earlier, because a resumed run
+    # restores the random state only after it has fetched the batches of the step.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -248,7 +213,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         return self._micro_batches.pop(0)
 
     def _make_rollouts(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """One batch of tokens and teacher's scores for each batch of prompts."""
+        """One batch of tokens, with the teacher's scores, for each batch of prompts."""
         device = self.accelerator.device
         self._eval_batches = 0 if self.model.training else self._eval_batches + 1
         generator = torch.Generator().manual_seed(self.rollout_seed(self.accelerator.process_index))
@@ -282,8 +247,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
 
     def _find_uncertain(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """
-        Marks the tokens of the step, of all micro-batches and processes, of which the student is least certain. A pass
-        of its own, because they must be known before the first of them is trained on.
+        Marks the tokens of the step about which the student is least certain, over all micro-batches and processes. It
+        takes a forward pass of its own, because they must be known before the first micro-batch is trained on.
         """
         with torch.no_grad():
             entropies = [self._run_score(self.model_wrapped, batch)[1] for batch in batches]
@@ -294,24 +259,18 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             batch["uncertain"] = entropy >= least
 
     def _count(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """What the step is made of: the tokens by which its loss is divided, and what is logged of the lengths."""
+        """Counts the tokens of the step, by which its loss is divided, and logs the lengths of its completions."""
         mode = "train" if self.model.training else "eval"
         for batch in batches:
-            mask = batch["completion_mask"]
-            lengths = mask.sum(1).float()
-            ended = torch.isin(batch["completion_ids"], mask.new_tensor(self.sampler.eos_token_ids)) & mask.bool()
-            metrics: Metrics = {
-                "completions/mean_length": lengths,
-                "completions/min_length": lengths,
-                "completions/max_length": lengths,
-                "completions/clipped_ratio": (~ended.any(1)).float(),
-            }
+            metrics = rollout_metrics(batch, self.sampler.eos_token_ids)
             if mode == "train" and self.args.guidance != "none":
                 metrics["guidance/share"] = batch["guided_mask"].float()
-                metrics["guidance/max_length"] = torch.full_like(lengths, self.longest_prefix())
+                metrics["guidance/max_length"] = batch["completion_mask"].new_full(
+                    (len(batch["completion_mask"]),), self.longest_prefix(), dtype=torch.float
+                )
             if mode == "train" and self.args.lmbda < 1:
                 metrics["off_policy/share"] = batch["off_policy_mask"].float()
-            self._token_metrics[mode].update(metrics, mask)
+            self._token_metrics[mode].update(metrics, batch["completion_mask"])
         if mode == "train":
             counts = torch.stack(
                 [
@@ -324,7 +283,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             self._num_tokens += counts.sum()
 
     def longest_prefix(self) -> int:
-        """The longest prefix of the teacher's at this step, in tokens."""
+        """The longest prefix by the teacher at this step, in tokens."""
         args = self.args
         if args.guidance == "none":
             return 0
@@ -340,7 +299,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         for values, mask in metrics:
             self._token_metrics[mode].update(values, mask)
         if mode == "train":
-            # Over the tokens of all processes and micro-batches; processes average their gradients
+            # The mean over the tokens of all micro-batches and processes, whose gradients are averaged
             loss = per_token_loss.sum() * self.accelerator.num_processes / self._num_items
         else:
             loss = per_token_loss.sum() / inputs["completion_mask"].sum().clamp(min=1)
@@ -352,44 +311,18 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _run_score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """`_score` through the forward of what wraps the model: it reduces gradients and gathers sharded weights."""
+        """`_score` through the forward of the wrapper, which reduces gradients and gathers sharded weights."""
         unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():  # which accelerate puts into the forward that the redirection replaces
+        with self.accelerator.autocast():  # accelerate wraps the forward in it, which the redirection replaces
             return self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
 
     def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """
-        The student's log-probabilities of shape `(batch, time, 1 + k)`, of the tokens that came and of the teacher's
-        likeliest; its entropies of shape `(batch, time)`; and the router's auxiliary loss, or `None`.
-        """
-        model = model.get_base_model() if is_peft_model(model) else model
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = backbone(model, input_ids, attention_mask, **options)
-        shape, positions = inputs["completion_ids"].shape, inputs["positions"]
-        hidden = outputs.last_hidden_state[:, -shape[1] - 1 : -1].flatten(0, 1)[positions]
-        token_ids = inputs["completion_ids"][..., None]
-        if self._top_k:
-            token_ids = torch.cat([token_ids, inputs["top_k_ids"]], dim=-1)
-        config = model.config.get_text_config()
-        scaling = HeadScaling.of(config, self.args.temperature)
-        with gathered_head(model) as (weight, bias):
-            logps, entropy = selected_logps(hidden, weight, bias, token_ids.flatten(0, 1)[positions], scaling)
-        logps = logps.new_zeros(shape.numel(), logps.shape[1]).index_copy(0, positions, logps)
-        entropy = entropy.new_zeros(shape.numel()).index_copy(0, positions, entropy)
-        aux_loss = None
-        if self.aux_loss_enabled:
-            experts = getattr(config, "num_experts", None) or config.num_local_experts
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, experts, config.num_experts_per_tok, attention_mask
-            )
-        return logps.view(*shape, -1), entropy.view(shape), aux_loss
+        return student_scores(model, inputs, self.args.temperature, self.aux_loss_enabled)
 
-    # What a run is made of otherwise
+    # The rest of the run
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # GKD's would sample here
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # GKD's samples here
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -419,5 +352,5 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         sampler = getattr(self, "_train_sampler", None)
         if checkpoint is not None and isinstance(sampler, RepeatSampler) and sampler.shuffle:
-            for _ in range(int(self.state.epoch or 0)):  # wound on to where the run stood
+            for _ in range(int(self.state.epoch or 0)):  # the shuffles of the epochs that are over
                 torch.randperm(sampler.num_samples, generator=sampler.generator)

@@ -1,4 +1,4 @@
-"""The settings of generation with vLLM, with the names, defaults and meanings that they have in `GRPOConfig`."""
+"""The settings of generation with vLLM, with the names, defaults and meanings of `GRPOConfig`."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 @dataclass
 class VLLMSettings:
     """
-    To be mixed into a configuration whose trainer samples. For each setting see [`~trl.GRPOConfig`].
+    A mixin for the configuration of a trainer that samples. [`~trl.GRPOConfig`] documents each setting.
 
     Parameters:
         use_vllm (`bool`, *optional*, defaults to `False`):
@@ -22,9 +22,9 @@ class VLLMSettings:
         vllm_server_base_url (`str`, *optional*):
             URL of the server.
         vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
-            Its host, where there is no URL.
+            Its host, if no URL is given.
         vllm_server_port (`int`, *optional*, defaults to `8000`):
-            Its port, where there is no URL.
+            Its port, if no URL is given.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
             Seconds to wait for it.
         vllm_group_port (`int`, *optional*, defaults to `51216`):
@@ -34,7 +34,7 @@ class VLLMSettings:
         vllm_max_model_length (`int`, *optional*):
             Its context length, in tokens.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            Over how many devices it is split.
+            Number of devices that it is split over.
     """
 
     use_vllm: bool = field(default=False, metadata={"help": "Whether to sample with vLLM instead of `generate`."})
@@ -55,10 +55,8 @@ class VLLMSettings:
         default=None, metadata={"help": "Regular expression that completions must match."}
     )
     vllm_server_base_url: str | None = field(default=None, metadata={"help": "URL of the vLLM server."})
-    vllm_server_host: str = field(
-        default="0.0.0.0", metadata={"help": "Host of the vLLM server, where there is no URL."}
-    )
-    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server, where there is no URL."})
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the vLLM server, if no URL is given."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server, if no URL is given."})
     vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the vLLM server."})
     vllm_group_port: int = field(
         default=51216, metadata={"help": "Port over which the weights are sent to the vLLM server."}
@@ -70,5 +68,5 @@ class VLLMSettings:
         default=None, metadata={"help": "Context length of a colocated vLLM, in tokens."}
     )
     vllm_tensor_parallel_size: int = field(
-        default=1, metadata={"help": "Over how many devices a colocated vLLM is split."}
+        default=1, metadata={"help": "Number of devices that a colocated vLLM is split over."}
     )
