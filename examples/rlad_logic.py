@@ -1,5 +1,5 @@
 """
-RLAD beside GRPO and KDRL from the same start, on Knights-and-Knaves puzzles.
+RLAD beside GRPO and KDRL from the same start, on Knights-and-Knaves puzzles or on math problems.
 
 Without arguments: puzzles of two people in a form for tiny models, a teacher that solves nearly all of them, and a
 student of the same size that solves fewer than half; both made on the spot. No network, no GPU, a few minutes.
@@ -13,6 +13,7 @@ Your own student and teacher, on puzzles in English of two to eight people:
         --num_people 2 3 4 5 6 7 8 --max_completion_length 2048 --num_generations 8 --learning_rate 1e-6 \
         --epsilon 0.2 --epsilon_high 0.28 --output_dir rlad_knights_and_knaves
 
+With `--dataset_name`, on math problems from the Hub or from a local .jsonl, .json, .csv or .parquet file instead.
 Every setting of RLADConfig is a flag, and all of them can be set in a file: `--config settings.yaml`.
 """
 
@@ -21,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from common.command_line import add_model_init_kwargs, parse_arguments
 from common.report import Panel
-from common.training import Task, evaluate_at_start, load_tokenizer, report, run
+from common.training import Task, evaluate_at_start, load_tokenizer, own_math_task, report, run
 from embedded import tasks
 from embedded.knights_and_knaves import as_dataset, right_roles, split_puzzles
 from embedded.puzzle_policy import MAX_TOKENS
@@ -69,7 +70,9 @@ PANELS = (
 
 
 @dataclass
-class RLADScriptArguments:
+class RLADScriptArguments(ScriptArguments):
+    needs_dataset = False  # not a flag: puzzles are made here
+
     method: list[str] = field(
         default_factory=list,
         metadata={
@@ -123,6 +126,8 @@ def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args
         raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(METHODS)}.")
     if embedded:
         task = tasks.puzzles(script_args.num_held_out)
+    elif script_args.dataset_name is not None:
+        task = own_math_task(script_args, training_args, model_args)
     else:
         task = own_puzzles_task(script_args, training_args, model_args)
     evaluate_at_start(training_args, task.held_out)

@@ -142,7 +142,7 @@ def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_ar
         task = tasks.sums(script_args.num_held_out, STUDENTS[script_args.student], TEACHER)
         task.measure = partial(measure, args=training_args, task=task, accuracy=task.measure)
     else:
-        task = own_math_task(script_args, training_args, model_args)
+        task = own_math_task(script_args, training_args, model_args, with_answers=False)
     runs: list[Run] = []
     for method in methods:
         args = copy.deepcopy(training_args)

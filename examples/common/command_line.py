@@ -27,8 +27,8 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     Script arguments, training arguments and [`~trl.ModelConfig`]. Flags override the config file (`--config`), which
     overrides `embedded_defaults` (in the embedded task), which override TRL's defaults.
 
-    The embedded task is what is trained without `--model_name_or_path`. A script that has a `dataset_name` needs both
-    flags or neither.
+    The embedded task is what is trained without `--model_name_or_path`. `--dataset_name` needs a model, and a model
+    needs a data set where the script has none of its own (`needs_dataset`).
     """
     if help_flags := {"-h", "--help", "--help_all"} & set(sys.argv[1:]):
         print(help_text(script_class, config_class, embedded_defaults, trl="--help_all" in help_flags))
@@ -36,10 +36,10 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     first_look = TrlParser((script_class, ModelConfig), allow_abbrev=False, add_help=False)
     script_args, model_args, others = first_look.parse_args_and_config(return_remaining_strings=True)
     embedded = model_args.model_name_or_path is None
-    if hasattr(script_args, "dataset_name") and (script_args.dataset_name is None) != embedded:
+    has_dataset = script_args.dataset_name is not None
+    if has_dataset == embedded and (has_dataset or getattr(script_class, "needs_dataset", True)):
         raise ValueError(
-            "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded policy "
-            "on sums."
+            "--model_name_or_path and --dataset_name go together: give both, or neither to train the embedded policy."
         )
     given = {flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in others}
     defaults = {**quiet_defaults(config_class, embedded), **(embedded_defaults if embedded else {})}

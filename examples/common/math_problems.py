@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import threading
 import warnings
@@ -19,16 +20,16 @@ except ImportError:
     parse = None
 
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
-QUESTION_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution")  # of a data set with both, `answer` is the shorter one
+QUESTION_COLUMNS = ("prompt", "question", "problem", "conversations")  # the last in ShareGPT's form
+ANSWER_COLUMNS = ("answer", "solution", "reward_model")  # `answer` is shorter than `solution`; the last is verl's form
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_problems(
-    script_args: ScriptArguments, tokenizer: Any, num_held_out: int, seed: int
+    script_args: ScriptArguments, tokenizer: Any, num_held_out: int, seed: int, with_answers: bool = True
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    Training and held-out problems, with the columns `prompt` and `gold`.
+    Training and held-out problems, with the columns `prompt` and, `with_answers`, `gold`.
 
     The first `num_held_out` problems of the test split are held out. Without such a split, they are drawn from the
     training split, at most a tenth of it, and not trained on.
@@ -50,11 +51,13 @@ def load_problems(
             f"{name} has no split {script_args.dataset_train_split!r}: set --dataset_train_split to one of "
             f"{', '.join(map(repr, splits))}."
         )
-    train = _as_problems(splits[script_args.dataset_train_split], name, tokenizer)
+    train = _as_problems(splits[script_args.dataset_train_split], name, tokenizer, with_answers)
     if num_held_out == 0:
         return train, None
     if script_args.dataset_test_split in splits and script_args.dataset_test_split != script_args.dataset_train_split:
-        return train, _as_problems(splits[script_args.dataset_test_split].take(num_held_out), name, tokenizer)
+        return train, _as_problems(
+            splits[script_args.dataset_test_split].take(num_held_out), name, tokenizer, with_answers
+        )
     return _hold_out(train, num_held_out, seed)
 
 
@@ -74,23 +77,30 @@ def _hold_out(
     return parts["train"], parts["test"]
 
 
-def _as_problems(dataset: Dataset | IterableDataset, name: str, tokenizer: Any) -> Dataset | IterableDataset:
+def _as_problems(
+    dataset: Dataset | IterableDataset, name: str, tokenizer: Any, with_answers: bool
+) -> Dataset | IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
         raise ValueError(f"{name} has no rows: give --dataset_name a data set with one problem per row.")
     question = next((column for column in QUESTION_COLUMNS if column in columns), None)
     answer = next((column for column in ANSWER_COLUMNS if column in columns), None)
-    if question is None or answer is None:
+    if question is None or (with_answers and answer is None):
+        answers = " and an 'answer', 'solution' or 'reward_model'" if with_answers else ""
         raise ValueError(
-            f"{name} has the columns {', '.join(map(repr, columns))}, but it must have a 'prompt', 'question' or "
-            "'problem' and an 'answer' or 'solution': rename its columns."
+            f"{name} has the columns {', '.join(map(repr, columns))}, but it must have a 'prompt', 'question', "
+            f"'problem' or 'conversations'{answers}: rename its columns."
         )
+    conversational = bool(getattr(tokenizer, "chat_template", None))
 
     def as_problem(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "prompt": as_prompt(row[question], question == "prompt", bool(getattr(tokenizer, "chat_template", None))),
-            "gold": gold_answer(row[answer]),  # not `answer`: `map` would cast it back to the type of that column
-        }
+        asked = row[question]
+        if question == "conversations":
+            asked = next(turn["value"] for turn in asked if turn["from"] in ("human", "user"))
+        problem = {"prompt": as_prompt(asked, question == "prompt", conversational)}
+        if with_answers:  # not named `answer`: `map` would cast it back to the type of that column
+            problem["gold"] = gold_answer(row[answer])
+        return problem
 
     return dataset.map(as_problem, remove_columns=columns)
 
@@ -111,7 +121,15 @@ def as_prompt(question: Any, finished: bool, conversational: bool) -> Any:
 
 
 def gold_answer(answer: Any) -> str:
-    """The final answer: what follows `####` in GSM8K's worked solutions, else all of it. `1,234` becomes `1234`."""
+    """
+    The final answer: what follows `####` in GSM8K's worked solutions, else all of it; of a dictionary its
+    `ground_truth`, or the first if these are several. `1,234` becomes `1234`.
+    """
+    if isinstance(answer, dict):
+        answer = answer["ground_truth"]
+        if isinstance(answer, str) and answer.startswith("["):
+            answer = ast.literal_eval(answer)
+        answer = answer[0] if isinstance(answer, list) else answer
     text = str(answer).rsplit("####", 1)[-1].strip()
     number = _as_number(text)
     return text if number is None else f"{number:f}"

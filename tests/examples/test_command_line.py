@@ -52,6 +52,15 @@ def test_your_own_model_has_trls_defaults(parse, request):
     assert args.gradient_checkpointing  # as in TRL
 
 
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name"])
+def test_a_model_and_a_data_set_go_together(parse, request, flag):
+    if "rlad_logic" in request.node.name and flag == "--model_name_or_path":
+        parse(flag, "some/name", "--bf16", "False")  # trained on the script's own puzzles
+    else:
+        with pytest.raises(ValueError, match="go together"):
+            parse(flag, "some/name", "--bf16", "False")
+
+
 def test_parsing_does_not_warn_of_deprecated_settings(parse):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ScriptArguments
 
 from common.math_problems import gold_answer, load_problems, math_reward
 from embedded.arithmetic import compare_with_base, split_problems
-from trl_ext import DRPOConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +119,24 @@ def test_a_file_without_rows_is_one_clear_sentence(tmp_path, text, streaming):
 
 
 @pytest.mark.parametrize(
+    ("row", "prompt", "gold"),
+    [
+        ({"question": "1+1?", "answer": "two\n#### 1,002"}, "1+1?", "1002"),
+        ({"prompt": "1+1=", "reward_model": {"ground_truth": '["2", "2.0"]'}}, "1+1=", "2"),
+        ({"prompt": "1+1=", "reward_model": {"ground_truth": "\\frac{1}{2}"}}, "1+1=", "\\frac{1}{2}"),
+        ({"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}, "1+1?", None),
+    ],
+    ids=["gsm8k", "verl, several answers", "verl", "sharegpt"],
+)
+def test_forms_of_data_sets(tmp_path, row, prompt, gold):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    args = ScriptArguments(dataset_name=str(tmp_path / "rows.jsonl"))
+    problems, _ = load_problems(args, None, num_held_out=0, seed=0, with_answers=gold is not None)
+    assert problems[0]["prompt"].startswith(prompt)
+    assert problems[0].get("gold") == gold
+
+
+@pytest.mark.parametrize(
     ("completion", "gold", "reward"),
     [
         ("so \\boxed{1234}", "1,234", 1.0),
@@ -139,25 +156,6 @@ def test_a_file_without_rows_is_one_clear_sentence(tmp_path, text, streaming):
 def test_reward_knows_right_from_wrong(completion, gold, reward):
     assert math_reward([completion], [gold_answer(f"steps\n#### {gold}")]) == [reward]
     assert math_reward([[{"role": "assistant", "content": completion}]], [gold_answer(gold)]) == [reward]
-
-
-def test_every_setting_of_the_papers_recipe_is_accepted(tmp_path, monkeypatch):
-    """Parsed as the script does, for one process on CPU: 8 GPUs, vLLM and bf16 are not here."""
-    recipe = ROOT / "examples" / "recipes" / "drpo_qwen3_4b_base.yaml"
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from drpo_math import DRPOScriptArguments
-
-    parser = TrlParser((DRPOScriptArguments, DRPOConfig, ModelConfig), allow_abbrev=False)
-    here = ["--config", str(recipe), "--bf16", "False", "--use_cpu", "--output_dir", str(tmp_path)]
-    script, args, model = parser.parse_args_and_config(here)
-    assert (script.dataset_name, model.model_name_or_path) == (
-        "open-r1/DAPO-Math-17k-Processed",
-        "Qwen/Qwen3-4B-Base",
-    )
-    assert (args.learning_rate, args.trust_region_radius, args.loss_type) == (1e-6, 12.5, "dr_grpo")
-    # 8 processes: 512 completions in two updates
-    assert args.generation_batch_size == 512
-    assert args.per_device_train_batch_size * 8 * args.gradient_accumulation_steps * 2 == 512
 
 
 # ---- the others
