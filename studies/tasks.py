@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -65,6 +65,39 @@ def puzzles() -> Problems:
     return Problems(as_dataset(splits.train), as_dataset(validation), as_dataset(splits.held_out))
 
 
+@dataclass(frozen=True)
+class TwoLengths(PolicyRecipe):
+    """A policy for sums of two and of three digits, half of each."""
+
+    num_steps: int = 900
+    styles: tuple[str, str] = ("columns", "columns")  # of two digits, of three
+    slip_rate: float = 0.2
+    forgotten_carry_rate: float = 0.6
+
+    task = "sums-2-3"
+    characters = arithmetic.CHARACTERS
+
+    def batches(self) -> Iterator[tuple[list[str], list[str]]]:
+        problems = [arithmetic.split_problems(digits).train for digits in (2, 3)]
+        generator = random.Random(self.seed)
+        mistakes = arithmetic.Mistakes(self.slip_rate, self.forgotten_carry_rate, generator)
+        while True:
+            batch = [(generator.choice(problems[i % 2]), self.styles[i % 2]) for i in range(self.batch_size)]
+            yield [p.prompt for p, _ in batch], [p.worked_solution(style, mistakes) for p, style in batch]
+
+
+@cache
+def sums_of_two_and_three_digits() -> Problems:
+    """Half of each."""
+    two, three = (arithmetic.split_problems(digits) for digits in (2, 3))
+    parts = (
+        [*two.train, *three.train],
+        [*two.held_out[:350], *three.held_out[:350]],
+        [*two.held_out[500:], *three.held_out[500:]],
+    )
+    return Problems(*(arithmetic.as_dataset(part) for part in parts))
+
+
 TASKS = {
     "sums": Task(
         sums,
@@ -86,5 +119,16 @@ TASKS = {
         max_tokens=puzzle_policy.MAX_TOKENS,
         policies={"pupil": puzzle_policy.STUDENT, "teacher": puzzle_policy.TEACHER},
         samples=8,
+    ),
+    "sums_2_3": Task(
+        sums_of_two_and_three_digits,
+        after_last_comma,
+        max_tokens=3 * arithmetic.TOKENS_PER_DIGIT,
+        policies={
+            "pupil": TwoLengths(),
+            # Writes sums of two digits as the pupil does, without mistakes, and those of three in a way of its own
+            "partly": TwoLengths(styles=("columns", "places"), slip_rate=0.0, forgotten_carry_rate=0.0),
+        },
+        samples=4,
     ),
 }

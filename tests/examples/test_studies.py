@@ -40,8 +40,9 @@ def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
         pass
 
 
-def test_problems_to_choose_and_to_report_on_are_not_trained_on():
-    problems = TASKS["sums"].problems()
+@pytest.mark.parametrize("task", ["sums", "sums_2_3"])
+def test_problems_to_choose_and_to_report_on_are_not_trained_on(task):
+    problems = TASKS[task].problems()
     splits = [
         {frozenset(prompt.rstrip("=").split("+")) for prompt in split["prompt"]}  # a+b and b+a alike
         for split in (problems.train, problems.validation, problems.test)

@@ -1,0 +1,87 @@
+"""
+TrOPD's outlier losses and trust regions, its baselines and GKD, on three pairs of student and teacher.
+
+- `reliable`: the student writes its steps in either of two ways and makes mistakes, the teacher in one of the two and
+  without mistakes. The student has to drop the other way, and its mistakes.
+- `partly`: sums of two and of three digits. The teacher writes those of two digits as the student does, without its
+  mistakes, and those of three digits in a way that the student has never seen.
+- `otherwise`: the teacher writes all its steps in a way that the student has never seen.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from studies.runs import Run, run
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "reliable": {"task": "sums", "policy": "mixed", "teacher": "places"},
+    "partly": {"task": "sums_2_3", "policy": "pupil", "teacher": "partly"},
+    "otherwise": {"task": "sums", "policy": "pupil", "teacher": "places"},
+}
+LEARNING_RATES = {"reliable": 1e-4, "partly": 1e-3, "otherwise": 1e-3}
+UPDATES = {"reliable": 80, "partly": 120, "otherwise": 150}
+FEWER_UPDATES = {"reliable": 40, "otherwise": 100}  # of a search
+
+Method = tuple[str, dict[str, Any]]
+
+
+def outliers(loss: str, floor: float | None = None, coef: float | None = None, **others: Any) -> Method:
+    clip = {"outlier_clip_floor": floor, "outlier_clip_coef": coef}
+    return "tropd", {"outlier_loss": loss, **{name: x for name, x in clip.items() if x is not None}, **others}
+
+
+def both(floor: float, coef: float, **others: Any) -> Method:
+    return outliers("forward_kl_and_clip", floor, coef, **others)
+
+
+def objective(name: str) -> Method:
+    return "tropd", {"objective": name}
+
+
+def gkd(beta: float) -> Method:
+    return "gkd", {"lmbda": 1.0, "temperature": 1.0, "beta": beta}
+
+
+def runs(
+    methods: Iterable[Method], pairs: Iterable[str], updates: dict[str, int] = UPDATES, seed: int = 0, **others: Any
+) -> list[Run]:
+    """Each method on each of the pairs."""
+    return [
+        run(
+            method,
+            {**settings, "learning_rate": LEARNING_RATES[pair], "max_steps": updates[pair]},
+            **PAIRS[pair],
+            seed=seed,
+            **others,
+        )
+        for method, settings in methods
+        for pair in pairs
+    ]
+
+
+FORWARD_KL = outliers("forward_kl")
+OPD = objective("opd")
+SHORT: dict[str, Any] = {"updates": FEWER_UPDATES, "final": False, "group": "search"}
+SEARCH = [
+    *runs(
+        [both(-1.0, 1.0), both(-2.0, 1.0), both(-3.0, 1.0), both(-2.0, 0.3), FORWARD_KL, OPD], FEWER_UPDATES, **SHORT
+    ),
+    *runs([both(-1.0, 0.3), gkd(0.5)], ("reliable",), **SHORT),
+]
+FINALISTS = [both(-1.0, 1.0), both(-2.0, 1.0), FORWARD_KL, OPD, gkd(0.5)]
+OTHERS = [
+    both(-1.0, 1.0, trust_region="expected"),
+    both(-1.0, 0.3),
+    outliers("clip", -1.0),
+    outliers("clip", -5.0),
+    objective("eopd"),
+    objective("reopold"),
+]
+RUNS = [
+    *SEARCH,
+    *runs(FINALISTS, PAIRS, group="finalists"),
+    *runs(OTHERS, ("reliable", "otherwise"), group="others"),
+    *runs(FINALISTS, PAIRS, seed=1, group="finalists"),
+    *runs(FINALISTS, PAIRS, seed=2, group="finalists"),
+]
