@@ -15,21 +15,28 @@ Your own model and data set (a hub name, or a local .jsonl, .json, .csv or .parq
         --rounds 2 --prompts_per_round 512 --num_generations 16 \
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --output_dir erpd_gsm8k
 
+Rollouts can be written to a file, and trained from without sampling anything:
+
+    accelerate launch examples/erpd_math.py --write_rollouts rollouts.jsonl
+    accelerate launch examples/erpd_math.py --rollouts rollouts.jsonl
+
 Every setting of ERPDConfig is a flag, and all of them can be set in a file: `--config settings.yaml`.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from common.command_line import parse_arguments
 from common.erpd_report import boundary_line, draw_stages, policies_table
-from common.training import own_math_task, run
+from common.rollout_file import RolloutWriter, read_rollouts
+from common.training import checkpoint_of, own_math_task, run
 from embedded import tasks
 from embedded.arithmetic import TOKENS_PER_DIGIT
-from embedded.compared import comparison_table, measure_policies, policies_of_erpd, train_grpo
+from embedded.compared import comparison_table, measure_policies, policies_of_erpd, rollouts_of, train_grpo
 from trl_ext import ERPDConfig, ERPDTrainer, TrainingDiagnosticsCallback
 
 
@@ -65,6 +72,13 @@ class ERPDScriptArguments(ScriptArguments):
             "phases, one run for each number. 0: no GRPO."
         },
     )
+    rollouts: str | None = field(
+        default=None,
+        metadata={"help": "A .jsonl file of rollouts with their rewards, to train from without sampling."},
+    )
+    write_rollouts: str | None = field(
+        default=None, metadata={"help": "A .jsonl file for the rollouts of the first round, for --rollouts to read."}
+    )
 
 
 def main(script_args: ERPDScriptArguments, training_args: ERPDConfig, model_args: ModelConfig) -> None:
@@ -74,11 +88,17 @@ def main(script_args: ERPDScriptArguments, training_args: ERPDConfig, model_args
         task.measure = None  # the trainer measures the policies itself, between the stages
     else:
         task = own_math_task(script_args, training_args, model_args)
+    reward: Any = task.reward
+    if script_args.rollouts is not None:
+        task.train, training_args.prompts_per_round = read_rollouts(script_args.rollouts), None
+    elif script_args.write_rollouts is not None:
+        resumes = bool(checkpoint_of(training_args))
+        reward = RolloutWriter(reward, script_args.write_rollouts, task.tokenizer, resumes)
     training_args.eval_on_start = False
     training_args.num_generations_eval = training_args.num_generations_eval or 1
     trainer = ERPDTrainer(
         model=task.model,
-        reward_funcs=task.reward,
+        reward_funcs=reward if task.held_out or not script_args.rollouts else None,
         args=training_args,
         train_dataset=task.train,
         eval_dataset=task.held_out,
@@ -87,13 +107,15 @@ def main(script_args: ERPDScriptArguments, training_args: ERPDConfig, model_args
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if isinstance(reward, RolloutWriter):
+        reward.model = trainer.model
     erpd = run(trainer, task, "ERPD", line=boundary_line)
     folder = Path(training_args.output_dir)
     table, policies = policies_table(erpd.log_history), []
     if embedded and task.held_out is not None:
         policies = policies_of_erpd(erpd, training_args, task.model)
         phases = [number for number in script_args.grpo_phases if number > 0]
-        policies += [train_grpo(number, training_args, task) for number in phases]
+        policies += [train_grpo(number, rollouts_of(erpd), training_args, task) for number in phases]
         measure_policies(policies, script_args.num_held_out)
         table = comparison_table(policies)
     if trainer.accelerator.is_main_process:

@@ -38,7 +38,7 @@ class Policy:
 
 def policies_of_erpd(erpd: Run, args: Any, base: str) -> list[Policy]:
     """The base policy, the extreme region policies of the last round, and the distilled policy."""
-    rollouts = args.rounds * args.prompts_per_round * args.num_generations
+    rollouts = rollouts_of(erpd)
     teachers = sorted(Path(args.output_dir, f"round-{args.rounds}").glob("teacher_*"))
     return [
         Policy("base policy", base),
@@ -50,9 +50,13 @@ def policies_of_erpd(erpd: Run, args: Any, base: str) -> list[Policy]:
     ]
 
 
-def train_grpo(phases: int, args: Any, task: Task) -> Policy:
-    """GRPO with as many rollouts as ERPD's run with `args`, sampled in `phases` phases."""
-    rollouts = args.rounds * args.prompts_per_round * args.num_generations
+def rollouts_of(erpd: Run) -> int:
+    """How many rollouts the run was trained on, in all rounds."""
+    return int(sum(log.get("fixed_set/rollouts", 0) for log in erpd.log_history))
+
+
+def train_grpo(phases: int, rollouts: int, args: Any, task: Task) -> Policy:
+    """GRPO with that many rollouts, sampled in `phases` phases; other settings are those of ERPD's run."""
     output_dir = str(Path(args.output_dir) / f"grpo_{phases}_phases")
     micro_batch = GRPO_UPDATE // args.world_size
     if rollouts % (phases * GRPO_UPDATE):

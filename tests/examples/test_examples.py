@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments
 
@@ -264,6 +266,17 @@ def test_erpd_math_embedded(tmp_path, cache):
     assert len(boundaries) == 3
     assert (tmp_path / "erpd_math_output" / "stages.png").stat().st_size > 10_000
     assert (tmp_path / "erpd_math_output" / "model.safetensors").exists()
+
+
+def test_erpd_math_trains_from_its_own_rollouts_to_the_same_policy(tmp_path, cache):
+    flags = [*ERPD_QUICK, "--num_held_out", 8, "--grpo_phases", 0]
+    run("examples/erpd_math.py", tmp_path, cache, *flags, "--write_rollouts", "rollouts.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 * 16  # the held-out prompts are not among them
+    assert {row["reward"] for row in rows} == {0.0, 1.0}
+    run("examples/erpd_math.py", tmp_path, cache, *flags, "--rollouts", "rollouts.jsonl", "--output_dir", "stored")
+    sampled, stored = (load_file(tmp_path / out / "model.safetensors") for out in ("erpd_math_output", "stored"))
+    assert all(torch.equal(sampled[name], value) for name, value in stored.items())
 
 
 def test_erpd_math_takes_flags_before_its_defaults(tmp_path, cache):

@@ -56,7 +56,10 @@ class ERPDTrainer(PolicyLossTrainer):
     paper's; all formulas but SAPO's are our choice, see docs/erpd.md.
 
     Takes the arguments of [`~trl.GRPOTrainer`], in the same order; `args` may be a plain [`~trl.GRPOConfig`].
-    `eval_dataset` is what the policies are measured on between the stages.
+    The policies are measured on `eval_dataset` between the stages.
+
+    A `train_dataset` with the columns `completion` and `reward` (or `completions` and `rewards`) beside `prompt`, and
+    optionally the sampler's `logprobs`, holds the rollouts: nothing is sampled, and `reward_funcs` may be left out.
 
     Example:
 
