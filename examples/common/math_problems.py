@@ -98,7 +98,9 @@ def _as_problems(
         if question == "conversations":
             asked = next(turn["value"] for turn in asked if turn["from"] in ("human", "user"))
         problem = {"prompt": as_prompt(asked, question == "prompt", conversational)}
-        if with_answers and answer is not None:  # not named `answer`: `map` would cast it back to the type of that column
+        if (
+            with_answers and answer is not None
+        ):  # not named `answer`: `map` would cast it back to the type of that column
             problem["gold"] = gold_answer(row[answer])
         return problem
 

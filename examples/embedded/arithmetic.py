@@ -1,7 +1,7 @@
 """The task embedded in the examples: sums with written-out steps. Nothing is downloaded.
 
-`57+68=` is to be continued as `7+8=15,5+6+1=12,125`: the columns from the right, each with its carry, then the sum.
-Here are the problems, the tokenizer, the reward and the accuracy; `arithmetic_policy` makes the policies.
+`57+68=` is continued as `7+8=15,5+6+1=12,125`: the columns from the right, each with its carry, then the sum. This file
+has the problems, the tokenizer, the reward and the accuracy; `arithmetic_policy` makes the policies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trl.models import unwrap_model_for_generation
 
 PAD, EOS, UNK = "<|pad|>", "<|end|>", "<|unk|>"
 CHARACTERS = "0123456789+=,"
-TOKENS_PER_DIGIT = 16  # of a completion, for each digit of the numbers to be added: room for steps and answer
+TOKENS_PER_DIGIT = 16  # of a completion, for each digit of the numbers: enough for steps and answer
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
     def worked_solution(self, style: str = "columns", mistakes: Mistakes | None = None) -> str:
         """
         The steps and the answer: `columns` as in `7+8=15,5+6+1=12,125`, `places` as in `50+60=110,7+8=15,125`, `mixed`
-        for one of them at random.
+        for one of the two at random.
         """
         if style not in ("columns", "places", "mixed"):
             raise ValueError(f"style={style!r} is unknown: set it to 'columns', 'places' or 'mixed'.")

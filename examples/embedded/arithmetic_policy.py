@@ -1,10 +1,10 @@
 """Small policies for the embedded tasks, taught on the spot and kept in a cache.
 
 The default is a Qwen3 of 0.36M parameters with a character-level tokenizer, taught sums (see `arithmetic`) by
-next-token training on the solutions of a pupil who makes slips and forgets carries. So it answers about 4 in 10
-problems right when sampled, and about half of them greedily, as a forgotten carry is its habit. Other arguments make a
-teacher: no mistakes, another `style` of writing the steps, a larger model. More `digits` need more `num_steps`. Other
-tasks have a subclass of `PolicyRecipe`, as `puzzle_policy` has.
+next-token training on the solutions of a pupil who makes slips and forgets carries. It answers about 40 % of the
+problems correctly when sampled, and about half of them greedily. Other arguments make a teacher: no mistakes, another
+`style` of writing the steps, a larger model. More `digits` need more `num_steps`. Another task is another subclass of
+`PolicyRecipe`, as in `puzzle_policy`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class PolicyRecipe(ABC):
     """How a policy is made. Every field, also of a subclass, is part of the policy's name in the cache."""
 
     num_steps: int = 300
-    batch_size: int = 128  # worked solutions a step
+    batch_size: int = 128  # worked solutions per step
     learning_rate: float = 2e-3
     hidden_size: int = 96
     num_layers: int = 3
     seed: int = 0
-    start: PolicyRecipe | None = None  # a policy of the same size that is taught further
+    start: PolicyRecipe | None = None  # a policy of the same size, which is trained further
 
     task: ClassVar[str]  # one word
     characters: ClassVar[str]  # of prompts and solutions: the vocabulary
@@ -73,7 +73,7 @@ class Recipe(PolicyRecipe):
 
 PUPIL = Recipe()
 
-_VERSION = 2  # part of the names in the cache: raise it when the code below, or the wording of solutions, changes
+_VERSION = 2  # part of the names in the cache: raise it when the code below or the form of the solutions changes
 
 
 def prepare_policy(recipe: PolicyRecipe = PUPIL, cache_dir: str | Path | None = None) -> str:
@@ -81,8 +81,8 @@ def prepare_policy(recipe: PolicyRecipe = PUPIL, cache_dir: str | Path | None = 
     Path of the policy made by `recipe` (model and tokenizer, for `from_pretrained`): from the cache, or made now.
 
     The cache is `cache_dir`, else `$TRL_EXT_CACHE`, else `trl_ext` among the user's caches. Several processes may call
-    this at once: a node's main process prepares while the others wait. A policy appears under its name in one step
-    when it is finished, so that nobody ever reads half of one.
+    this at once: the main process of a node prepares while the others wait. A policy gets its name in one step once it
+    is complete, so that an incomplete one is never read.
     """
     user_caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     cache = Path(cache_dir or os.environ.get("TRL_EXT_CACHE") or user_caches / "trl_ext").expanduser()
@@ -109,14 +109,14 @@ def _move(unfinished: Path, path: Path) -> None:
     try:
         os.rename(unfinished, path)
     except OSError:
-        if not path.is_dir():  # where it is, another job was faster with the same policy
+        if not path.is_dir():  # if it is, another job has made the same policy
             raise
 
 
 def _teach(recipe: PolicyRecipe, start: str | None) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """AdamW on the recipe's solutions, with a linear decay to 0."""
     tokenizer = character_tokenizer(recipe.characters)
-    with torch.random.fork_rng():  # the caller's random state must not depend on whether the cache was warm
+    with torch.random.fork_rng():  # the caller's random state must not depend on the cache
         torch.manual_seed(recipe.seed)
         config = Qwen3Config(
             vocab_size=len(tokenizer),
@@ -136,7 +136,7 @@ def _teach(recipe: PolicyRecipe, start: str | None) -> tuple[Qwen3ForCausalLM, P
         model.train().to(PartialState().device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
         schedule = get_linear_schedule_with_warmup(optimizer, recipe.num_steps // 10, recipe.num_steps)
-        progress = tqdm(range(recipe.num_steps), desc=f"Teaching a policy {recipe.task} (only the first time)")
+        progress = tqdm(range(recipe.num_steps), desc=f"Training a policy for {recipe.task} (only the first time)")
         for _, (prompts, solutions) in zip(progress, recipe.batches(), strict=False):
             loss = _next_token_loss(model, tokenizer, prompts, solutions)
             loss.backward()

@@ -1,7 +1,7 @@
 r"""Knights-and-Knaves puzzles for the examples: a generator, an exact solver, prompts, and a verifiable reward.
 
 Every inhabitant of an island is a knight, who always tells the truth, or a knave, who always lies, and says one
-sentence. Who is what? Two to eight people; every puzzle has exactly one solution. Nothing is downloaded.
+sentence. Who is which? Two to eight people; every puzzle has exactly one solution. Nothing is downloaded.
 
     splits = split_puzzles(num_people=(3, 4, 5, 6, 7))
     train_dataset = as_dataset(splits.train, tokenizer)  # for a GRPOTrainer with `reward_funcs=right_roles`
@@ -244,7 +244,7 @@ class Puzzle:
 
     def compact_solution(self, judge: Callable[[Sequence[Statement], Roles], Roles] = spoken_roles) -> str:
         """
-        The worked solution, as `AB>ab,Ab>AB,aB>aB,aB`: guesses up to the right one, then the answer.
+        The worked solution, as `AB>ab,Ab>AB,aB>aB,aB`: guesses up to the correct one, then the answer.
 
         With another `judge` than `spoken_roles`, that of somebody who makes mistakes: up to the first guess that seems
         right, or the last.
@@ -394,7 +394,7 @@ def as_dataset(puzzles: Sequence[Puzzle], tokenizer: Any = None, compact: bool =
 
 def right_roles(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
     """
-    Verifiable reward: 1.0 where the answer names every inhabitant exactly once, with the right role, else 0.0.
+    Verifiable reward: 1.0 where the answer names every inhabitant exactly once, with the correct role, else 0.0.
 
     The answer is what follows the last `<answer>` after the thinking, up to `</answer>` or the end (a stop string may
     have been cut off). Without that tag there is no reward; `<think>` is not asked for. Case, numbering, order,
