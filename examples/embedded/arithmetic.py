@@ -1,7 +1,7 @@
 """The task embedded in the examples: sums with written-out steps. Nothing is downloaded.
 
-`57+68=` is continued as `7+8=15,5+6+1=12,125`: the columns from the right, each with its carry, then the sum. This file
-has the problems, the tokenizer, the reward and the accuracy; `arithmetic_policy` makes the policies.
+`57+68=` is continued as `7+8=15,5+6+1=12,125`: the columns from the right, each with its carry, then the sum. Here are
+the problems, the tokenizer, the reward and the accuracy; `arithmetic_policy` makes the policies.
 """
 
 from __future__ import annotations
