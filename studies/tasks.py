@@ -88,14 +88,20 @@ class TwoLengths(PolicyRecipe):
 
 @cache
 def sums_of_two_and_three_digits() -> Problems:
-    """Half of each."""
+    """Half of each, in turns. Of a held-out problem a+b, the sum says whether it is for validation: as b+a's does."""
     two, three = (arithmetic.split_problems(digits) for digits in (2, 3))
-    parts = (
-        [*two.train, *three.train],
-        [*two.held_out[:350], *three.held_out[:350]],
-        [*two.held_out[500:], *three.held_out[500:]],
+
+    def in_turns(*parts: list[arithmetic.Problem]) -> Dataset:
+        return arithmetic.as_dataset([problem for group in zip(*parts, strict=False) for problem in group])
+
+    def held_out(split: arithmetic.Splits, for_validation: bool) -> list[arithmetic.Problem]:
+        return [p for p in split.held_out if ((p.first + p.second) % 3 == 0) == for_validation]
+
+    return Problems(
+        in_turns(two.train, three.train),
+        in_turns(held_out(two, True)[:300], held_out(three, True)[:300]),
+        in_turns(held_out(two, False)[:500], held_out(three, False)[:500]),
     )
-    return Problems(*(arithmetic.as_dataset(part) for part in parts))
 
 
 TASKS = {

@@ -40,14 +40,14 @@ def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("task", ["sums", "sums_2_3"])
-def test_problems_to_choose_and_to_report_on_are_not_trained_on(task):
+@pytest.mark.parametrize(("task", "for_validation", "for_test"), [("sums", 700, 1000), ("sums_2_3", 600, 1000)])
+def test_problems_to_choose_and_to_report_on_are_not_trained_on(task, for_validation, for_test):
     problems = TASKS[task].problems()
     splits = [
         {frozenset(prompt.rstrip("=").split("+")) for prompt in split["prompt"]}  # a+b and b+a alike
         for split in (problems.train, problems.validation, problems.test)
     ]
-    assert len(problems.validation) == 700
+    assert (len(problems.validation), len(problems.test)) == (for_validation, for_test)
     assert len(splits[0] | splits[1] | splits[2]) == sum(map(len, splits))
 
 
