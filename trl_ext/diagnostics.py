@@ -251,7 +251,8 @@ class TrainingDiagnosticsCallback(TrainerCallback):
         course.recent.append(value)
         bound, mean = getattr(self, check.threshold), sum(course.recent) / len(course.recent)
         fails = bound is not None and (mean < bound if check.below else mean > bound)
-        if fails and len(course.recent) == self.window and course.found_at is None:
+        enough = len(course.recent) == self.window or "fixed_set/prompts" in logs  # of a whole set of ERPD, at once
+        if fails and enough and course.found_at is None:
             course.found_at = step
             remedy = check.extraction_remedy if logs.get("stage") == 1 and check.extraction_remedy else check.remedy
             sentence = check.sentence.format(value=mean, start=course.start)

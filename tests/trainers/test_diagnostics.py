@@ -139,6 +139,13 @@ def test_an_extraction_that_collapses(path, tmp_path, caplog):
     assert "Lower extraction_learning_rate or extraction_passes" in " ".join(warnings_of(caplog))
 
 
+def test_a_fixed_set_without_signal_is_noticed_at_once(path, tmp_path, caplog):
+    diagnostics = TrainingDiagnosticsCallback(max_cut_share=None)
+    args = ERPDConfig(**tiny_erpd.settings(tmp_path))
+    ERPDTrainer(path, constant_reward, args, tiny.prompts(), callbacks=[diagnostics]).train()
+    assert list(diagnostics.findings) == ["groups_without_signal"]
+
+
 # ---- of the callback alone
 
 
