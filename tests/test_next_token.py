@@ -1,8 +1,13 @@
 """Next-token distributions in chunks against the model's own whole logits, for heads of every kind."""
 
+import os
+import socket
+
 import pytest
 import tiny
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config
 
 from trl_ext import next_token
@@ -182,3 +187,29 @@ def test_the_logits_of_all_positions_never_exist(monkeypatch):
         selected_logps(hidden, weight, bias, ids, HeadScaling(1.0, None, 1.0))[0].sum().backward()
     assert largest.elements == weight.numel() == 8 * vocabulary  # the weight's own gradient
     assert largest.elements < rows * vocabulary
+
+
+def _gradient_of_a_sharded_head(rank, port, results):
+    """In one of two processes: the gradient of an FSDP2-like head for a loss that is another in each."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    mesh = init_device_mesh("cpu", (2,))
+    model = tiny.policy()
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    inputs = torch.full((head.weight.shape[1],), float(1 + 2 * rank))  # 1 and 3
+    with next_token.gathered_head(model) as (weight, _):
+        (weight @ inputs).sum().backward()
+    gradient = head.weight.grad.full_tensor()
+    if rank == 0:
+        torch.save(gradient, results)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_sharded_head_is_averaged_over_the_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_gradient_of_a_sharded_head, (port, tmp_path / "gradient"), nprocs=2)
+    gradient = torch.load(tmp_path / "gradient")
+    assert torch.equal(gradient, torch.full_like(gradient, 2.0))  # as FSDP2 averages, where DDP and ZeRO do

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -232,10 +233,16 @@ def gathered_head(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.
     """Weight and bias of the LM head, whole, whatever shards them."""
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
-    if hasattr(weight, "full_tensor"):  # FSDP2
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    weight, bias = _full_tensor(weight), None if bias is None else _full_tensor(bias)
     with maybe_gather_lm_head_ctx(weight, bias):
         yield weight, bias
+
+
+def _full_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter whole, where FSDP2 shards it; its gradient is then averaged over the processes, as FSDP2 does."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _logits(

@@ -342,7 +342,8 @@ def test_another_tokenizer_is_refused_before_any_model(path, tmp_path):
     first = tokenizer.convert_tokens_to_ids("a")
     state = tokenizer.backend_tokenizer.to_str().replace(f'"a":{first}', f'"%":{first}')
     broken = type(tokenizer)(tokenizer_object=Tokenizer.from_str(state), pad_token="<pad>", eos_token="<eos>")
-    broken.save_pretrained(tmp_path / "teacher")  # there is no model in this folder: none is loaded
+    broken.save_pretrained(tmp_path / "teacher")  # there are no weights in this folder: none are loaded
+    tiny.policy().config.save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match=f"the first difference being token {first}") as error:
         make_trainer(path, tmp_path, str(tmp_path / "teacher"))
     assert path in str(error.value)
@@ -424,6 +425,24 @@ def test_metrics(path, teacher_path, tmp_path, settings, expected):
 def test_refusals(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         RLADConfig(**tiny.grpo_settings(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({}, None),
+        ({"distillation": "kdrl", "kdrl_coef": 0.1}, None),
+        ({"distillation": "trrd_and_kdrl", "kdrl_coef": 0.1, "teacher_mixture_alpha": 0.8}, None),
+        ({"kdrl_coef": 0.1}, "kdrl_coef=0.1 has no effect with distillation='trrd'"),
+        ({"distillation": "kdrl", "teacher_mixture_alpha": 0.8}, "teacher_mixture_alpha=0.8 has no effect"),
+        ({"distillation": "kdrl", "kdrl_correct_reward": 0.5}, "kdrl_correct_reward=0.5 has no effect"),
+        ({"trust_region": "drpo", "epsilon": 0.1}, "epsilon=0.1 has no effect with trust_region='drpo'"),
+    ],
+)
+def test_settings_without_an_effect_are_named(path, tmp_path, caplog, settings, unused):
+    make_trainer(path, tmp_path, path, **settings)
+    assert ("has no effect" in caplog.text) == (unused is not None)
+    assert unused is None or unused in caplog.text
 
 
 def test_no_teacher_is_refused(tmp_path):

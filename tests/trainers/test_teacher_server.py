@@ -18,7 +18,10 @@ class Stub(BaseHTTPRequestHandler):
     """`/health`, `/v1/models` and `/v1/completions` with `prompt_logprobs`, computed by a tiny model."""
 
     def do_GET(self):
-        self.answer({"data": [{"id": "teacher"}]} if self.path == "/v1/models" else {})
+        if self.server.health != 200 or self.path not in ("/health", "/v1/models"):
+            self.send_error(self.server.health if self.path == "/health" else 404)
+        else:
+            self.answer({"data": [{"id": "teacher", **self.server.served}]} if self.path == "/v1/models" else {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -29,6 +32,16 @@ class Stub(BaseHTTPRequestHandler):
         elif behaviour == "failing" or (behaviour == "failing once" and len(self.server.requests) == 1):
             self.send_error(503)
             return
+        vocabulary, longest = self.server.model.config.vocab_size, self.server.served.get("max_model_len", 1000)
+        refusals = {
+            f"Token id {vocabulary} is out of vocabulary": any(i >= vocabulary for ids in body["prompt"] for i in ids),
+            f"This model's maximum context length is {longest} tokens": max(map(len, body["prompt"])) + 1 > longest,
+            "Requested prompt logprobs, which is greater than max allowed: 20": body["prompt_logprobs"] > 20,
+        }
+        for message, refused in refusals.items():
+            if refused:
+                self.answer({"error": {"message": message}}, status=400)
+                return
         choices = [{"prompt_logprobs": self.score(ids, body["prompt_logprobs"])} for ids in body["prompt"]]
         if behaviour == "truncated":
             for choice in choices:
@@ -53,9 +66,9 @@ class Stub(BaseHTTPRequestHandler):
                 rows[-1] = {t: {"logprob": float("nan"), "rank": entry["rank"]} for t, entry in rows[-1].items()}
         return rows
 
-    def answer(self, content, raw=False):
+    def answer(self, content, raw=False, status=200):
         data = content.encode() if raw else json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -71,6 +84,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.daemon_threads = True
     server.model, server.behaviour, server.requests = tiny.policy(1), "well", []
+    server.health, server.served = 200, {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -82,8 +96,12 @@ def path(tmp_path):
     return tiny.save_policy(tmp_path / "student")
 
 
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}"
+
+
 def make_trainer(path, tmp_path, server, **settings):
-    settings = {"teacher_model_server_url": f"http://127.0.0.1:{server.server_port}/", **settings}
+    settings = {"teacher_model_server_url": url(server) + "/", **settings}
     args = RLADConfig(**tiny.grpo_settings(tmp_path, **settings))
     return RLADTrainer(path, tiny.digits_reward, args, tiny.prompts(), rollout_func=rollout)
 
@@ -176,15 +194,80 @@ def test_a_lasting_fault_is_an_error_with_the_url(path, tmp_path, server, behavi
     with pytest.raises(ConnectionError, match=message) as error:
         rollout_batch(trainer)
     assert time.monotonic() - start < 30
-    assert f"http://127.0.0.1:{server.server_port}" in str(error.value)
+    assert url(server) in str(error.value)
 
 
 def test_a_server_that_is_down_is_an_error_with_the_url(path, tmp_path, server):
     server.shutdown()
     server.server_close()
-    with pytest.raises(ConnectionError, match="start it with `vllm serve`, or correct the URL") as error:
+    with pytest.raises(ConnectionError, match="start it with `vllm serve`, correct the URL") as error:
         make_trainer(path, tmp_path, server, teacher_server_timeout=0.2)
-    assert f"http://127.0.0.1:{server.server_port}" in str(error.value)
+    assert url(server) in str(error.value)
+
+
+@pytest.mark.parametrize(("health", "fault"), [(503, "status 503"), (404, "status 404")])
+def test_a_server_that_is_not_healthy_is_waited_for_no_longer_than_asked(path, tmp_path, server, health, fault):
+    server.health = health
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=rf"was not ready within 0.5 s \(/health answered with {fault}\)"):
+        make_trainer(path, tmp_path, server, teacher_server_timeout=0.5)
+    assert time.monotonic() - start < 20
+
+
+def test_the_url_of_the_api_is_the_servers(path, tmp_path, server):
+    """`http://host:port/v1` is what an OpenAI client is given."""
+    args = RLADConfig(**tiny.grpo_settings(tmp_path, teacher_model_server_url=url(server) + "/v1/"))
+    trainer = RLADTrainer(path, tiny.digits_reward, args, tiny.prompts(), rollout_func=rollout)
+    assert rollout_batch(trainer)["teacher_per_token_logps"].isfinite().any()
+
+
+def test_what_is_beyond_the_servers_length_has_no_teacher(path, tmp_path, server, caplog):
+    """The longest sequence takes all of `max_model_len`, of which one token is the one that the server generates."""
+    trainer = make_trainer(path, tmp_path, server)
+    whole = rollout_batch(trainer)
+    lengths = whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)
+    trainer.teacher.max_length = server.served["max_model_len"] = int(lengths.max())
+    scores = trainer.teacher.sampled_logps(whole, None)
+    missing = scores.isnan() & whole["completion_mask"].bool()
+    assert torch.equal(missing.sum(1), (lengths == lengths.max()).long())
+    assert missing[:, :-1][whole["completion_mask"][:, 1:].bool()].sum() == 0  # the last tokens
+    torch.testing.assert_close(scores[~missing], whole["teacher_per_token_logps"][~missing], equal_nan=True)
+    assert "serve it with a larger --max-model-len" in caplog.text
+    assert trainer.teacher.next_tokens(whole, 2, 8).top_k_logps[missing].isneginf().all()
+
+
+def test_the_length_is_the_one_that_the_server_reports(path, tmp_path, server):
+    server.served["max_model_len"] = 12
+    assert make_trainer(path, tmp_path, server).teacher.max_length == 12
+
+
+def test_a_token_that_the_teacher_does_not_know_has_no_teacher(path, tmp_path, server):
+    trainer = make_trainer(path, tmp_path, server, teacher_model_name_or_path=path)
+    batch = rollout_batch(trainer)
+    expected = batch["teacher_per_token_logps"][:, 0].clone()
+    batch["completion_ids"][:, 1] = server.model.config.vocab_size + 3
+    scores = trainer.teacher.sampled_logps(batch, None)
+    assert scores[:, 1].isnan().all()
+    torch.testing.assert_close(scores[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        ("vocabulary", "choose a teacher of the student's model family"),
+        ("length", "serve it with a larger --max-model-len"),
+        ("logprobs", "serve it with --max-logprobs 25"),
+    ],
+)
+def test_a_refusal_names_its_remedy(path, tmp_path, server, fault, remedy):
+    trainer = make_trainer(path, tmp_path, server)
+    batch = rollout_batch(trainer)
+    if fault == "vocabulary":
+        batch["completion_ids"][0, 0] = 1000
+    elif fault == "length":
+        server.served["max_model_len"] = 8  # unknown to the teacher, as with a server that does not report it
+    with pytest.raises(ConnectionError, match=remedy):
+        trainer.teacher.next_tokens(batch, 25 if fault == "logprobs" else 3, 8)
 
 
 def test_temperature_is_refused(path, tmp_path, server):
@@ -201,10 +284,19 @@ def test_the_served_models_tokenizer_is_checked_where_it_is_named(path, tmp_path
     with pytest.raises(ValueError, match="'zz' for the student and unknown to the teacher"):
         make_trainer(str(student), tmp_path, server, teacher_model_name_or_path=path)
     make_trainer(path, tmp_path, server, teacher_model_name_or_path=path)
+    server.served["root"] = path  # of a server on this machine: no need to name it
+    with pytest.raises(ValueError, match="'zz' for the student and unknown to the teacher"):
+        make_trainer(str(student), tmp_path, server)
+
+
+def test_a_served_model_that_is_not_here_is_not_checked(path, tmp_path, server, caplog):
+    server.served["root"] = str(tmp_path / "on another machine")
+    make_trainer(path, tmp_path, server)
+    assert "nothing checks that its tokenizer is the student's: set teacher_model_name_or_path" in caplog.text
 
 
 def tropd_trainer(tmp_path, server, **overrides):
-    settings = tropd_runs.settings(tmp_path, teacher_model_server_url=f"http://127.0.0.1:{server.server_port}")
+    settings = tropd_runs.settings(tmp_path, teacher_model_server_url=url(server))
     args = TrOPDConfig(**{**settings, "outlier_top_k": 5, **overrides})
     return TrOPDTrainer(tiny.policy(), None, args, train_dataset=tropd_runs.sums(), processing_class=tiny.tokenizer())
 

@@ -16,6 +16,22 @@ CHOICES = {
     "kdrl_estimator": ("k2", "k3"),
     "kdrl_mask": ("none", "response", "group"),
 }
+# Read only where the teacher enters in that place
+MIXTURE_SETTINGS = (
+    "teacher_mixture_alpha",
+    "teacher_mixture_alpha_end",
+    "teacher_log_ratio_clip",
+    "teacher_clip_passes_gradient",
+    "teacher_reweighs",
+)
+PENALTY_SETTINGS = (
+    "kdrl_coef",
+    "kdrl_coef_decay",
+    "kdrl_coef_min",
+    "kdrl_estimator",
+    "kdrl_mask",
+    "kdrl_correct_reward",
+)
 
 
 @dataclass
@@ -152,3 +168,15 @@ def check_rlad_args(args: GRPOConfig, owner: str) -> None:
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be 0 or more and finite: a negative one pushes the student away.")
+
+
+def settings_without_effect(args: GRPOConfig) -> tuple[str, ...]:
+    """Names of RLAD's settings that are not read with `args.distillation` and `args.kdrl_mask`."""
+    terms, names = DISTILLATIONS[args.distillation], tuple[str, ...]()
+    if not terms.mixture:
+        names += MIXTURE_SETTINGS
+    if not terms.penalty:
+        names += PENALTY_SETTINGS
+    elif args.kdrl_mask == "none":
+        names += ("kdrl_correct_reward",)
+    return names

@@ -5,19 +5,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from trl import GRPOConfig
 
-from trl_ext.arguments import with_keyword
+from trl_ext.arguments import changed_settings, with_keyword
 from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_penalty, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
-from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args
+from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args, settings_without_effect
 from trl_ext.teacher import TeacherMixin, make_teacher
-from trl_ext.trust_regions import trust_region_loss
+from trl_ext.trust_regions import trust_region_loss, trust_region_warnings
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
 
 
 class RLADTrainer(TeacherMixin, PolicyLossTrainer):
@@ -80,6 +83,17 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
     def check_args(cls, args: GRPOConfig) -> None:
         check_rlad_args(args, cls.__name__)
 
+    def warn_about_args(self) -> None:
+        for warning in trust_region_warnings(self.args):
+            logger.warning(warning)
+        if changed := changed_settings(self.args, settings_without_effect(self.args)):
+            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            logger.warning(
+                f"{settings} has no effect with distillation={self.args.distillation!r} and "
+                f"kdrl_mask={self.args.kdrl_mask!r}: remove it, or set distillation to what reads it "
+                "('trrd_and_kdrl' reads both)."
+            )
+
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
         self.teacher = make_teacher(self._teacher_model, model, args, type(self).__name__)
         self.check_teacher_tokenizer(model, args, processing_class)
@@ -140,7 +154,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         return start + (end - start) * min(progress, 1.0)
 
     def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
-        logps = self.teacher.sampled_logps(batch, lambda model: self.score_completions(model, batch))
+        logps = self.teacher.sampled_logps(batch, self.score_completions)
+        self.stop_at_nan([(logps, batch["completion_mask"])])
         batch["teacher_per_token_logps"] = self.without_foreign_ends(logps, batch["completion_ids"])
         if DISTILLATIONS[self.args.distillation].penalty:
             batch["distilled"] = self._distilled(len(logps)).to(logps)

@@ -36,23 +36,28 @@ class AdapterTeacher(ModelTeacher):
         return None  # it is the student's model
 
     def prepare(self, trainer: Any) -> None:
-        self.model, self.accelerator, self.temperature = trainer.model, trainer.accelerator, trainer.args.temperature
+        self.trainer, self.accelerator, self.temperature = trainer, trainer.accelerator, trainer.args.temperature
         self.vocab_size = trainer.model.config.get_text_config().vocab_size
         self.checkpointing = trainer.args.gradient_checkpointing_kwargs
-        self.model.set_requires_grad(self.adapter_name, requires_grad=False)
+        trainer.model.set_requires_grad(self.adapter_name, requires_grad=False)
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model  # which the trainer may still wrap when training begins
 
     @contextmanager
     def scoring(self) -> Iterator[Any]:
-        peft_model = self.accelerator.unwrap_model(self.model)
+        model = self.model
+        peft_model = self.accelerator.unwrap_model(model)
         was_training = peft_model.training
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.checkpointing),
+            disable_gradient_checkpointing(peft_model, self.checkpointing),
             use_adapter(peft_model, self.adapter_name),
         ):
             peft_model.eval()  # no dropout
             try:
-                yield self.model
+                yield model
             finally:
                 peft_model.train(was_training)
 

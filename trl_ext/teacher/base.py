@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl_ext.next_token import NextTokens
 
 
-Score = Callable[[torch.nn.Module], torch.Tensor]  # the trainer's own scoring of one batch by a given model
+# The trainer's own scoring of a batch's completions by a given model
+Score = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
 
 
 class Teacher(ABC):
@@ -52,7 +53,7 @@ class Teacher(ABC):
             batch (`dict[str, Any]`):
                 `prompt_ids`, `prompt_mask` (left-padded), `completion_ids`, `completion_mask` (right-padded).
             score (`Callable`):
-                The trainer's scoring of this batch by a model with a fused LM head, in micro-batches.
+                The trainer's scoring of a batch by a model with a fused LM head, in micro-batches.
         """
 
     @abstractmethod

@@ -60,4 +60,7 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
         return ServerTeacher(teacher, args.teacher_model_name_or_path, args.teacher_server_timeout)
     if not isinstance(student, str) and is_peft_model(student) and teacher in student.peft_config:
         return AdapterTeacher(student, teacher)
-    return ModelTeacher(teacher, init_kwargs)
+    adapters = ", ".join(map(repr, getattr(student, "peft_config", ())))
+    return ModelTeacher(
+        teacher, init_kwargs, f", the name of one of the student's adapters ({adapters})" * bool(adapters)
+    )

@@ -1,6 +1,6 @@
 """What a trainer does with its teacher, whichever trainer of TRL's it extends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ class TeacherMixin:
     To be mixed in before one of TRL's trainers.
 
     Before anything is loaded, set `teacher` and call `check_teacher_tokenizer`; once the trainer is initialised,
-    `prepare_teacher`; for each batch of scores, `without_foreign_ends`.
+    `prepare_teacher`; for each batch of scores, `without_foreign_ends`, and `stop_at_nan` once per rollout batch.
     """
 
+    accelerator: Any
     teacher: Teacher
     _foreign_ends: list[int]
 
@@ -49,6 +50,25 @@ class TeacherMixin:
             return logps
         foreign = torch.isin(completion_ids, completion_ids.new_tensor(self._foreign_ends))
         return logps.masked_fill(foreign, float("nan"))
+
+    def stop_at_nan(self, scores: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """
+        Raises a `FloatingPointError`, on all processes alike, where a teacher in this process returned NaN.
+
+        Args:
+            scores (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
+                What the teacher returned for a rollout batch, in one or several parts: log-probabilities and mask of
+                the tokens that they are for, both of shape `(batch, time)`.
+        """
+        if not self.teacher.scores_every_token:
+            return  # a server may have no value for a token, and checks its own answers
+        counts = [torch.stack([(logps.isnan() & mask.bool()).sum(), mask.bool().sum()]) for logps, mask in scores]
+        nan, tokens = self.accelerator.gather(torch.stack(counts).sum(0)[None]).sum(0).tolist()
+        if nan:
+            raise FloatingPointError(
+                f"The teacher {self.teacher.name} returned NaN for {nan} of {tokens} tokens, so that nothing can be "
+                "learned from it: check its weights, or load it with teacher_model_init_kwargs={'dtype': 'float32'}."
+            )
 
     @property
     def teacher_is_always_heard(self) -> bool:

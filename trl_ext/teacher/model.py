@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import is_peft_available
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+from transformers.utils import find_adapter_config_file, is_peft_available
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
@@ -18,15 +21,21 @@ from trl_ext.teacher.base import Score, Teacher, as_set, text_tokenizer
 
 
 if is_peft_available():
+    from peft import PeftConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 logger = get_logger(__name__)
 
+WITH_LM_HEAD = {
+    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+}
+
 
 class ModelTeacher(Teacher):
     """
-    A model of its own: loaded already, or to be loaded from a hub name or path.
+    A model of its own: loaded already, or to be loaded from a hub name or path (of a model, or of an adapter).
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -34,48 +43,107 @@ class ModelTeacher(Teacher):
         init_kwargs (`dict[str, Any]`, *optional*):
             For `from_pretrained`: `dtype` (default `"auto"`, the checkpoint's own), `revision`, `quantization_config`,
             `trust_remote_code` (default `False`), ...
+        alternatives (`str`, *optional*, defaults to `""`):
+            For the message where nothing can be loaded: what else the name could have meant.
     """
 
-    def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None, alternatives: str = "") -> None:
         init_kwargs = dict(init_kwargs or {})
         if "torch_dtype" in init_kwargs:  # its former name
             init_kwargs["dtype"] = init_kwargs.pop("torch_dtype")
         self.init_kwargs = {"dtype": "auto", "trust_remote_code": False, **init_kwargs}
         self.source = model
+        self.alternatives = alternatives
         self.name = model if isinstance(model, str) else get_config_model_id(model.config) or "the teacher model"
         self.model: Any = None  # prepared
         self._redirect = _ForwardRedirection()
+        if not isinstance(model, str):
+            self._check_head(model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        loading = {
-            name: self.init_kwargs[name] for name in ("revision", "trust_remote_code") if name in self.init_kwargs
-        }
+        loading: dict[str, Any] = {"trust_remote_code": self.init_kwargs["trust_remote_code"]}
+        if "revision" in self.init_kwargs:
+            loading["revision"] = self.init_kwargs["revision"]
+        places = [self.name]
         if isinstance(self.source, str):
-            with suppress(OSError):  # a model without a generation config ends where its tokenizer does
-                self.eos_token_ids = as_set(GenerationConfig.from_pretrained(self.source, **loading).eos_token_id)
-            return AutoTokenizer.from_pretrained(self.source, **loading)
-        self.eos_token_ids = as_set(self.source.generation_config.eos_token_id)
+            places = self._check_source(loading)
+            for name in places:
+                with suppress(OSError):  # a model without a generation config ends where its tokenizer does
+                    self.eos_token_ids = as_set(GenerationConfig.from_pretrained(name, **loading).eos_token_id)
+                    break
+        else:
+            self.eos_token_ids = as_set(self.source.generation_config.eos_token_id)
+        for name in places:
+            with suppress(OSError, ValueError):
+                tokenizer = AutoTokenizer.from_pretrained(name, **loading)
+                # For a folder without a tokenizer transformers makes up one that knows nothing but special tokens
+                if len(tokenizer) > len(tokenizer.all_special_tokens):
+                    return tokenizer
+            loading.pop("revision", None)  # the adapter's, not the base model's
+        logger.warning(
+            f"The teacher {self.name} has no tokenizer that could be loaded, so that nothing checks that it is the "
+            "student's: save one beside the teacher with tokenizer.save_pretrained(), or make sure that it is."
+        )
+        return None
+
+    def _check_source(self, loading: dict[str, Any]) -> list[str]:
+        """Refuses what is no language model; returns where files may be: the source and, of an adapter, its base."""
+        names = [self.source]
         try:
-            return AutoTokenizer.from_pretrained(self.name, **loading)
-        except (OSError, ValueError):  # a model made on the spot has no tokenizer to compare with
-            logger.warning(
-                f"The tokenizer of {self.name} could not be loaded, so that nothing checks that it is the student's: "
-                "pass the teacher as a name or path to have it checked."
-            )
+            if adapter := self._adapter_config():
+                names.append(adapter.base_model_name_or_path)
+                loading = {**loading, "revision": adapter.revision}
+            config = AutoConfig.from_pretrained(names[-1], **loading)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The teacher {self.name!r} could not be loaded ({str(error).splitlines()[0]}): pass a hub name, the "
+                f"path of a folder with a model or an adapter{self.alternatives}, or a URL that begins with http."
+            ) from error
+        architecture = (config.architectures or ["unknown"])[0]
+        if hasattr(transformers, architecture) and architecture not in WITH_LM_HEAD:
+            self._refuse_architecture(architecture)
+        return names
+
+    def _adapter_config(self) -> Any:
+        revision = self.init_kwargs.get("revision")
+        if not is_peft_available() or find_adapter_config_file(self.source, revision=revision) is None:
             return None
+        return PeftConfig.from_pretrained(self.source, revision=revision)
+
+    def _check_head(self, model: Any) -> None:
+        if model.get_output_embeddings() is None:
+            self._refuse_architecture(type(model).__name__)
+
+    def _refuse_architecture(self, architecture: str) -> None:
+        raise ValueError(
+            f"The teacher {self.name} is a {architecture}, which has no LM head and cannot score tokens: choose a "
+            "causal language model."
+        )
+
+    def _load(self) -> Any:
+        adapter = self._adapter_config()
+        if adapter is None:
+            return create_model_from_path(self.source, **self.init_kwargs)
+        settings = dict(self.init_kwargs)
+        revision = settings.pop("revision", None)
+        if adapter.revision is not None:
+            settings["revision"] = adapter.revision
+        base = create_model_from_path(adapter.base_model_name_or_path, **settings)
+        return PeftModel.from_pretrained(base, self.source, revision=revision or "main")
 
     def prepare(self, trainer: Any) -> None:
         args, accelerator, model = trainer.args, trainer.accelerator, self.source
         if isinstance(model, str):
             if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 self.init_kwargs["device_map"] = None  # as TRL does for its reference model
-            model = create_model_from_path(model, **self.init_kwargs)
+            model = self._load()
+            self._check_head(model)
         if is_peft_model(model) and (
             model.active_peft_config.is_prompt_learning or isinstance(model.get_output_embeddings(), BaseTunerLayer)
         ):
             raise ValueError(
-                f"The teacher {self.name} has an adapter on its LM head or a learned prompt, which scoring would pass "
-                "over: merge it with model.merge_and_unload(), or serve it with vLLM."
+                f"The teacher {self.name} has an adapter on its LM head or a learned prompt, which scoring would "
+                "ignore: merge it with model.merge_and_unload(), or serve it with vLLM."
             )
         student_size = len(text_tokenizer(trainer.processing_class))
         teacher_size = model.config.get_text_config().vocab_size
@@ -107,22 +175,31 @@ class ModelTeacher(Teacher):
             yield self.model
 
     def sampled_logps(self, batch: dict[str, Any], score: Score) -> torch.Tensor:
+        batch, unknown = self._known_tokens(batch)
         with self.scoring() as model:
-            return score(model)
+            return score(model, batch).masked_fill(unknown, float("-inf"))
 
     def next_tokens(self, batch: dict[str, Any], k: int, batch_size: int, vocab_size: int | None = None) -> NextTokens:
+        batch, unknown = self._known_tokens(batch)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         length = batch["completion_ids"].shape[1]
-        # A token of the student's padding, which the teacher has not even a number for, is impossible to it
-        unknown = batch["completion_ids"] >= self.vocab_size
-        ids = ids.clamp(max=self.vocab_size - 1)
         parts = []
         with self.scoring() as model, self.accelerator.autocast():
-            unwrapped = self.accelerator.unwrap_model(model)
-            unwrapped = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
+            outer = self.accelerator.unwrap_model(model)
+            # Below PEFT's forward, which knows nothing of these arguments, but through that of what wraps it
+            scorer = partial(next_tokens, outer.get_base_model() if is_peft_model(outer) else outer)
             for rows in torch.arange(len(ids), device=ids.device).split(batch_size):
-                arguments = (unwrapped, ids[rows], mask[rows], length, k, self.temperature, vocab_size)
-                parts.append(self._redirect(model, unwrapped, next_tokens, *arguments))
+                arguments = (ids[rows], mask[rows], length, k, self.temperature, vocab_size)
+                parts.append(self._redirect(model, outer, scorer, *arguments))
         scores = NextTokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
         return scores._replace(logps=scores.logps.masked_fill(unknown, float("-inf")))
+
+    def _known_tokens(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """
+        The batch without tokens beyond the teacher's vocabulary, and where they were, of shape `(batch, time)`: the
+        student may sample from its padding, which the teacher has not even a number for and to which it is impossible.
+        """
+        unknown = batch["completion_ids"] >= self.vocab_size
+        known = {name: batch[name].clamp(max=self.vocab_size - 1) for name in ("prompt_ids", "completion_ids")}
+        return {**batch, **known}, unknown

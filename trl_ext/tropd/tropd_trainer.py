@@ -220,7 +220,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         rows = [unpad(batch) for batch in batches]
         with isolated_rng(self.accelerator, int(torch.randint(2**62, (), generator=generator))):
             rollouts = iter(roll_out(self, [row for batch in rows for row in batch], generator))
-        made = []
+        made, scored = [], []
         for batch in rows:
             micro_batch = collate([next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator)
             micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
@@ -231,6 +231,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             if self._top_k:
                 micro_batch |= {"top_k_logps": scores.top_k_logps, "top_k_ids": scores.top_k_ids}
             made.append(micro_batch)
+            scored.append((scores.logps, micro_batch["completion_mask"]))
+        self.stop_at_nan(scored)
         switch = self.state.max_steps // 2 if self.args.reopold_switch_step is None else self.args.reopold_switch_step
         if "uncertain" in objective_of(self.args).tensors and self.state.global_step >= switch:
             self._find_uncertain(made)
