@@ -26,6 +26,7 @@ from trl.scripts import grpo
 from trl_ext import DRPOTrainer, RLADTrainer
 
 
+@pytest.mark.slow
 def test_trls_own_script_with_the_class_name_changed(tmp_path):
     """TRL's GRPO script, with one word replaced and one import added, trains to the end on a local file."""
     source = getsource(grpo)
@@ -102,12 +103,13 @@ def vision_language_model():
     return LlavaForConditionalGeneration(config), processor
 
 
+@pytest.mark.supports("drpo", "vision-language model")
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_images_reach_the_model(tmp_path, num_iterations):
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{i}+{i}="}],
-            "image": Image.fromarray(np.full((8, 8, 3), i * 20, dtype=np.uint8)),
+            "image": Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)),
         }
         for i in range(8)
     ]
@@ -192,8 +194,9 @@ def test_conversations_and_reward_arguments(tmp_path):
     assert seen
 
 
+@pytest.mark.supports("rlad", "vision-language model")
 def test_images_reach_the_teacher(tmp_path):
-    image = Image.fromarray(np.full((8, 8, 3), 90, dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "image": image} for i in range(8)]
     model, processor = vision_language_model()
     teacher, _ = vision_language_model()

@@ -1,0 +1,213 @@
+"""
+Rollouts of several turns: TRL's tool loop, `environment_factory`, and a `rollout_func` that takes turns with an
+environment. What the policy did not write neither trains nor counts, and the teacher scores the rest in its context.
+"""
+
+import string
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import trl
+from datasets import Dataset
+
+from trl_ext import DRPOConfig, DRPOTrainer, RLADConfig, RLADTrainer
+
+
+TRAINERS = ("drpo", "rlad")
+TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 17, "b": 4}}\n</tool_call><|im_end|>'
+ANSWERS = ["It is 21.<|im_end|>", "21<|im_end|>", "Twenty-one<|im_end|>", "I do not know<|im_end|>"]
+
+
+def add(a: int, b: int) -> int:
+    """
+    Adds two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+class Calculator:
+    """An environment with `add` as its tool, which rewards those who have used it."""
+
+    def reset(self, **kwargs) -> None:
+        self.results = []
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Adds two numbers.
+
+        Args:
+            a: The first number.
+            b: The second number.
+        """
+        self.results.append(a + b)
+        return a + b
+
+    def get_reward(self) -> float:
+        return float(self.results == [21])
+
+
+def tokenizer():
+    """Qwen3's template, whose tool calls TRL can read."""
+    tokenizer = tiny.tokenizer(string.printable)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS, "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = TEMPLATE.read_text()
+    return tokenizer
+
+
+def make_trainer(name, tmp_path, rewards, prompts, processing_class, **arguments):
+    vocabulary = {"vocab_size": len(processing_class), "eos_token_id": processing_class.eos_token_id}
+    vocabulary["max_position_embeddings"] = 2048
+    trainer_class, config_class = {"drpo": (DRPOTrainer, DRPOConfig), "rlad": (RLADTrainer, RLADConfig)}[name]
+    if name == "rlad":
+        arguments["teacher_model"] = tiny.policy(seed=1, **vocabulary)
+    settings = tiny.grpo_settings(tmp_path, max_completion_length=256, max_steps=2, num_iterations=1)
+    model = tiny.policy(**vocabulary)
+    return trainer_class(
+        model, rewards, config_class(**settings), prompts, processing_class=processing_class, **arguments
+    )
+
+
+def questions():
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is 17 + {i}?"}]} for i in range(8)])
+
+
+def write_by_script(trainer):
+    """Every other completion calls the tool in its first turn. Who has called it, or need not, answers."""
+    tokenizer = trainer.processing_class
+
+    def scripted(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        texts = []
+        for i, ids in enumerate(prompt_ids):
+            calls = i % 2 == 0 and "<tool_response>" not in tokenizer.decode(ids)
+            texts.append(CALL if calls else ANSWERS[i % 4])
+        return [tokenizer(text)["input_ids"] for text in texts], None
+
+    trainer._generate_single_turn = scripted
+
+
+def record_batches(trainer):
+    batches, policy_loss = [], trainer.policy_loss
+
+    def recorded(logps, behaviour_logps, advantages, mask, inputs):
+        batches.append({**inputs, "mask": mask.bool(), "behaviour_logps": behaviour_logps})
+        return policy_loss(logps, behaviour_logps, advantages, mask, inputs)
+
+    trainer.policy_loss = recorded
+    return batches
+
+
+def assert_trains_on_what_the_policy_wrote(trainer, batches):
+    tokenizer = trainer.processing_class
+    called = 0
+    for batch in batches:
+        for ids, mask, written in zip(
+            batch["completion_ids"], batch["completion_mask"].bool(), batch["mask"], strict=True
+        ):
+            whole, own = tokenizer.decode(ids[mask]), tokenizer.decode(ids[written])
+            if "<tool_call>" in whole:
+                called += 1
+                assert "<tool_response>\n21\n</tool_response>" in whole
+                assert own == CALL + next(answer for answer in ANSWERS if whole.endswith(answer))
+            else:
+                assert own == whole
+    assert called == len(batches) * 4
+    for (name, ours), start in zip(trainer.model.named_parameters(), start_of(trainer).parameters(), strict=True):
+        assert not torch.equal(ours, start), name
+
+
+def start_of(trainer):
+    config = trainer.model.config
+    return tiny.policy(vocab_size=config.vocab_size, max_position_embeddings=2048)
+
+
+def assert_teacher_scored_in_context(trainer, batch):
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    length = batch["prompt_ids"].shape[1]
+    with torch.no_grad():
+        logits = trainer.teacher.model(input_ids=ids, attention_mask=mask).logits[:, length - 1 : -1]
+    expected = logits.log_softmax(-1).gather(2, batch["completion_ids"][..., None]).squeeze(2)
+    own = batch["mask"]
+    torch.testing.assert_close(batch["teacher_per_token_logps"][own], expected[own], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.supports(n, "tool loop")) for n in TRAINERS])
+def test_tool_loop(tmp_path, name):
+    def brevity(completions, **kwargs):
+        return [-float(len(str(completion))) for completion in completions]
+
+    trainer = make_trainer(name, tmp_path, brevity, questions(), tokenizer(), tools=[add])
+    write_by_script(trainer)
+    batches = record_batches(trainer)
+    trainer.train()
+    assert_trains_on_what_the_policy_wrote(trainer, batches)
+    log = trainer.state.log_history[0]
+    assert log["tools/call_frequency"] == 0.5
+    assert log["tools/failure_frequency"] == 0
+    if name == "rlad":
+        assert_teacher_scored_in_context(trainer, batches[0])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.supports(n, "environment_factory")) for n in TRAINERS]
+)
+def test_environment_factory(tmp_path, name):
+    """The environment has the tool and the reward; no reward function is given."""
+    trainer = make_trainer(name, tmp_path, None, questions(), tokenizer(), environment_factory=Calculator)
+    write_by_script(trainer)
+    batches = record_batches(trainer)
+    trainer.train()
+    assert_trains_on_what_the_policy_wrote(trainer, batches)
+    assert trainer.state.log_history[0]["reward"] == 0.5
+    for batch in batches:
+        called = (batch["completion_mask"].bool() & ~batch["mask"]).any(1)
+        assert torch.equal(batch["advantages"] > 0, called)
+    if name == "rlad":
+        assert_teacher_scored_in_context(trainer, batches[0])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.supports(n, "multi-turn rollout_func")) for n in TRAINERS]
+)
+def test_rollout_func_of_two_turns(tmp_path, name):
+    """The policy writes, the environment replies, and the policy writes again, with the log-probabilities of both."""
+    reply = tiny.tokenizer()("; is it? ")["input_ids"]
+
+    def rollout(prompts, trainer):
+        tokenizer = trainer.processing_class
+        first = tiny.rollout(prompts, trainer)
+        turns = zip(prompts, first["completion_ids"], strict=True)
+        contexts = [prompt + tokenizer.decode([*ids, *reply], skip_special_tokens=True) for prompt, ids in turns]
+        second = tiny.rollout(contexts, trainer)
+        output = {"prompt_ids": first["prompt_ids"], "completion_ids": [], "logprobs": [], "env_mask": []}
+        for i in range(len(prompts)):
+            own = [first["completion_ids"][i], second["completion_ids"][i]]
+            output["completion_ids"].append([*own[0], *reply, *own[1]])
+            output["env_mask"].append([1] * len(own[0]) + [0] * len(reply) + [1] * len(own[1]))
+            output["logprobs"].append([*first["logprobs"][i], *[0.0] * len(reply), *second["logprobs"][i]])
+        return output
+
+    prompts = tiny.prompts()
+    trainer = make_trainer(name, tmp_path, tiny.digits_reward, prompts, tiny.tokenizer(), rollout_func=rollout)
+    batches = record_batches(trainer)
+    trainer.train()
+    for batch in batches:
+        ids, own = batch["completion_ids"], batch["mask"]
+        for row, written, real in zip(ids, own, batch["completion_mask"].bool(), strict=True):
+            assert row[real & ~written].tolist() == reply
+        if name == "drpo":
+            assert batch["behaviour_logps"] is batch["sampling_per_token_logps"]
+            missing = (~batch["behaviour_logps"].isfinite())[own].float().mean()
+            assert 0.05 < missing < 0.25  # every fifth token of a turn is not scored
+        else:
+            assert_teacher_scored_in_context(trainer, batch)
+    for (parameter, ours), start in zip(trainer.model.named_parameters(), start_of(trainer).parameters(), strict=True):
+        assert not torch.equal(ours, start), parameter
