@@ -1,4 +1,4 @@
-"""
+r"""
 Train a policy with DRPO on problems whose answers can be checked.
 
 Without arguments: sums with written-out steps and a tiny policy, made on the spot. No network, no GPU, a few minutes.

@@ -1,4 +1,4 @@
-"""
+r"""
 Train a policy with ERPD on problems whose answers can be checked: extract from a fixed set of rollouts, then distil.
 
 Without arguments: sums with written-out steps and a tiny policy, made on the spot, and beside it GRPO with the same

@@ -1,4 +1,4 @@
-"""
+r"""
 RLAD beside GRPO and KDRL from the same start, on Knights-and-Knaves puzzles or on math problems.
 
 Without arguments: puzzles of two people in a form for tiny models, a teacher that solves nearly all of them, and a

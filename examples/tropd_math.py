@@ -1,4 +1,4 @@
-"""
+r"""
 Distil a teacher into a student with TrOPD, beside OPD, EOPD, REOPOLD and GKD from the same start.
 
 Without arguments: sums with written-out steps. The student adds column by column and often forgets a carry; the

@@ -73,7 +73,9 @@ def help_text(script_class: Any, config_class: Any, embedded_defaults: dict[str,
     parser = TrlParser((script_class, config_class, ModelConfig), allow_abbrev=False, add_help=False)
     parser.set_defaults_with_config(**embedded_defaults)
     actions = {action.dest: action for action in parser._actions}
-    formatter = argparse.HelpFormatter(prog=Path(sys.argv[0]).name, width=100)
+    for action in actions.values():
+        action.option_strings = action.option_strings[:1]  # without the same with hyphens
+    formatter = argparse.ArgumentDefaultsHelpFormatter(prog=Path(sys.argv[0]).name, width=100)
     description = sys.modules["__main__"].__doc__ or ""
     parts = [f"usage: {Path(sys.argv[0]).name} [flags]", description.strip()]
     ours = [cls for cls in config_class.__mro__ if cls.__module__.startswith("trl_ext")]
@@ -87,7 +89,7 @@ def help_text(script_class: Any, config_class: Any, embedded_defaults: dict[str,
             flags = " ".join(f"--{action.dest}" for action in own)
             names_of_theirs.append(textwrap.fill(f"{cls.__name__}: {flags}", 100, subsequent_indent="  "))
             continue
-        formatter.start_section("this script" if cls is script_class else cls.__name__)
+        formatter.start_section("Flags of this script" if cls is script_class else f"Settings of {cls.__name__}")
         formatter.add_arguments(own)
         formatter.end_section()
     parts.append(formatter.format_help().strip())
