@@ -56,7 +56,7 @@ def test_signatures_of_overridden_methods(owner, method, expected):
 
 
 def test_random_state_is_restored_after_the_batches_and_before_the_first_step():
-    """The order of events because of which rollouts are not made in get_batch_samples."""
+    """The order of events that keeps rollouts out of get_batch_samples."""
     text = source(Trainer._run_epoch)
     fetched, restored, step = (
         text.index(fragment)
@@ -70,7 +70,7 @@ def test_a_scaled_loss_is_not_divided_again():
 
 
 def test_gkds_constructor_does_nothing_else_that_we_pass_over():
-    """Ours calls SFTTrainer's; what GKD's sets is set by ours too."""
+    """Our constructor calls that of SFTTrainer, and sets what GKD's sets."""
     names = set()
     for line in source(GKDTrainer.__init__).splitlines():
         if line.strip().startswith("self.") and " = " in line:

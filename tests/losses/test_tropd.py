@@ -1,4 +1,4 @@
-"""TrOPD's loss and its baselines' against values worked out by hand and expectations over a small vocabulary."""
+"""The losses of TrOPD and its baselines against values worked out by hand and expectations over a small vocabulary."""
 
 import math
 
@@ -43,7 +43,7 @@ def expectation(per_token, logps):
 
 
 def top_k(logps, teacher, k=VOCABULARY):
-    """Both sides' log-probabilities of the teacher's likeliest tokens, the same at each time."""
+    """Both sides' log-probabilities of the teacher's most likely tokens, the same at each position."""
     values, ids = teacher.topk(k)
     return logps[ids].expand(1, VOCABULARY, k), values.expand(1, VOCABULARY, k)
 
@@ -94,7 +94,7 @@ def test_draws_have_the_expectation_of_their_probability(outlier_loss):
 
 
 def test_tropd_by_hand():
-    # Token 1: rho = 0.25 / 0.5 = 1/2, so trusted with 1/2. Token 2: rho = 2, trusted surely.
+    # Token 1: rho = 0.25 / 0.5 = 1/2, trusted with probability 1/2. Token 2: rho = 2, always trusted.
     # Forward KL of token 1 on two tokens: 0.6 log(0.6 / 0.5) + 0.3 log(0.3 / 0.1).
     columns = {
         "top_k_logps": torch.stack([logs(0.5, 0.2), logs(0.1, 0.2)], dim=-1),
@@ -290,7 +290,7 @@ def test_guidance_schedules():
     assert [longest_prefix(s, 20, 100, "cosine") for s in (0, 5, 10, 20)] == [100, 85, 50, 0]
     assert [longest_prefix(s, 20, 100, "linear") for s in (0, 5, 10, 20)] == [100, 75, 50, 0]
     assert [longest_prefix(s, 20, 100, "constant") for s in (0, 20)] == [100, 100]
-    assert longest_prefix(30, 20, 100) == 0  # a run that goes on beyond its end
+    assert longest_prefix(30, 20, 100) == 0  # a run that goes on after its planned end
 
 
 def test_guidance_by_hand():
@@ -361,7 +361,7 @@ def test_hostile_values(name):
     assert loss[0, 3] == 0
     assert logps.grad[0, 3] == 0
     assert columns.grad is None or columns.grad[0, 3].abs().sum() == 0
-    assert loss[0, 2] == 0  # what the teacher has no opinion of
+    assert loss[0, 2] == 0  # a token that the teacher cannot judge
 
 
 @pytest.mark.parametrize("name", every_loss())

@@ -1,4 +1,4 @@
-"""What the tests of TrOPDTrainer share: data, a run of seconds, and rollouts that depend on the prompt alone."""
+"""Shared by the tests of TrOPDTrainer: data, a run of seconds, and rollouts that depend on the prompt alone."""
 
 import hashlib
 from pathlib import Path
@@ -54,7 +54,7 @@ def make_trainer(output_dir: Path, student: Any = None, teacher: Any = None, dat
 
 
 def hashed_completion(prompt: list[int]) -> list[int]:
-    """A completion of 0 to 8 tokens that is always the same, for half of the prompts with an end token."""
+    """Always the same completion of 0 to 8 tokens for a prompt; half of them end with an end token."""
     digest = hashlib.sha256(str(prompt).encode()).digest()
     completion = [3 + byte % 45 for byte in digest[1 : 1 + digest[0] % 9]]
     return [*completion, 1] if digest[0] % 2 else completion
@@ -78,7 +78,7 @@ def micro_batches(trainer: Any, rows: int = 8, size: int = 4, training: bool = T
 
 
 def gradient(trainer: Any, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of the optimizer step that these micro-batches make up."""
+    """Loss and gradients of an optimizer step over these micro-batches."""
     trainer.model.zero_grad()
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     trainer.current_gradient_accumulation_steps = len(batches)

@@ -75,7 +75,7 @@ def test_a_tokens_beginning_and_what_a_template_writes_after_the_end():
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("+ ')' }}", "+ eos_token + '\\n' }}")
     conversation = {"messages": [message("user", "12"), message("assistant", "3")]}
     ((prompt, completion),) = unpad(collator([conversation]))
-    assert completion == [*ids("3"), 1]  # no line's end after it
+    assert completion == [*ids("3"), 1]  # without the newline after it
     assert prompt[0] != tokenizer.bos_token_id  # a template writes its own
 
 
@@ -91,7 +91,7 @@ def test_tools_as_a_list_or_as_json_text():
         pairs([{**row, "tools": "add"}])
 
 
-def test_a_template_that_renders_prompts_otherwise_is_announced():
+def test_a_template_that_renders_prompts_differently_brings_a_warning():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("a({%", "a(think{%")
     rows = [{"prompt": [message("user", "1")], "completion": [message("assistant", "2")]}]
@@ -206,8 +206,8 @@ def test_guidance_ends_with_the_run_and_is_logged(tmp_path):
 
 def test_only_the_guided_share_is_guided_by_its_schedule(tmp_path):
     settings = {"guidance": "dataset", "guidance_prefix": "longest", "guidance_max_length": 2}
-    nobody = make_trainer(tmp_path, **settings, guidance_share=0.0)
-    assert micro_batches(nobody, 8, 8)[0]["guided_mask"].sum() == 0
+    unguided = make_trainer(tmp_path, **settings, guidance_share=0.0)
+    assert micro_batches(unguided, 8, 8)[0]["guided_mask"].sum() == 0
     trainer = make_trainer(tmp_path, **settings, guidance_schedule="linear")
     hash_rollouts(trainer)
     lengths = []
@@ -240,7 +240,7 @@ def test_a_rollout_is_never_longer_than_it_may_be(tmp_path):
     long = Dataset.from_dict({"prompt": ["1+"] * 8, "completion": ["12345678901234567890"] * 8})
     trainer = make_trainer(tmp_path, dataset=long, guidance="dataset", guidance_prefix="longest")
     (batch,) = micro_batches(trainer, 8, 8)
-    assert batch["guided_mask"].sum(1).tolist() == [9] * 8  # the last is the student's
+    assert batch["guided_mask"].sum(1).tolist() == [9] * 8  # the student writes the last token
     assert batch["completion_mask"].sum(1).tolist() == [10] * 8
 
 
@@ -284,7 +284,7 @@ def test_no_padding_and_no_end_token(tmp_path):
 
 
 def test_a_short_last_step(tmp_path):
-    """10 rows in micro-batches of 4, two a step: the second step has 2 rows."""
+    """10 rows in micro-batches of 4, two per step: the second step has 2 rows."""
     trainer = make_trainer(tmp_path, dataset=sums(10), max_steps=-1, num_train_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 4

@@ -16,7 +16,7 @@ RUNS = {
 
 
 def run(folder, overrides, resume=None):
-    """12 rows are 1.5 steps per epoch, 3 in groups of two: each stop is in another place of an epoch."""
+    """12 rows are 1.5 steps per epoch, 3 in groups of two: each stop is at a different place in an epoch."""
     trainer = make_trainer(
         folder,
         dataset=sums(12),
@@ -34,7 +34,7 @@ def run(folder, overrides, resume=None):
 
 @pytest.fixture(scope="module", params=RUNS)
 def whole_run(request, tmp_path_factory):
-    """Its folder, its settings, and what it leaves."""
+    """Its folder, its settings, and its final weights and logs."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, RUNS[request.param], run(folder, RUNS[request.param])
 

@@ -38,11 +38,11 @@ def test_samples_are_of_the_distribution_that_is_scored(tmp_path, who):
         expected = (models[who](input_ids=torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1)
     assert (drawn - expected).abs().sum() < 0.12  # 4000 draws over 50 tokens differ by about 0.08
     assert ((drawn - 1 / 50).abs().sum()) > 0.3
-    assert models[who].generation_config.repetition_penalty == 1e6  # it is the user's again
+    assert models[who].generation_config.repetition_penalty == 1e6  # restored
 
 
 def biased_to(token, seed=0, **settings):
-    """A model that hardly says anything but one token."""
+    """A model that almost always samples the same token."""
     model = tiny.policy(seed, **settings)
     model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
     torch.nn.init.zeros_(model.lm_head.weight)
@@ -56,7 +56,7 @@ def test_a_completion_keeps_its_end_token(tmp_path):
     assert trainer.sampler.from_student([[5, 6]] * 3, 10) == [[1]] * 3
 
 
-def test_the_teachers_text_ends_where_the_teacher_ends_it(tmp_path):
+def test_a_completion_of_the_teacher_ends_with_its_own_end_token(tmp_path):
     teacher = biased_to(7)
     trainer = make_trainer(tmp_path, teacher=teacher)
     assert trainer.sampler.from_teacher([[5, 6]], 4) == [[7] * 4]
@@ -67,7 +67,7 @@ def test_the_teachers_text_ends_where_the_teacher_ends_it(tmp_path):
     assert len(trainer.sampler.from_student([[5, 6]] * 8, 4)) == 8
 
 
-def test_the_teachers_text_ends_before_a_token_of_its_padding(tmp_path):
+def test_a_completion_of_the_teacher_ends_before_a_token_outside_the_students_vocabulary(tmp_path):
     size = tiny.policy().config.vocab_size
     trainer = make_trainer(tmp_path, teacher=biased_to(size + 2, vocab_size=size + 9))
     assert trainer.sampler.from_teacher([[5, 6]], 4) == [[]]
@@ -84,7 +84,7 @@ def test_processes_and_steps_sample_differently_and_the_same_again(tmp_path, mon
 
     state = torch.get_rng_state()
     first, again, other, later = rollouts(), rollouts(), rollouts(process=1), rollouts(step=1)
-    assert torch.equal(torch.get_rng_state(), state)  # nothing else is disturbed
+    assert torch.equal(torch.get_rng_state(), state)  # the training's random numbers are not disturbed
     assert torch.equal(first["completion_ids"], again["completion_ids"])
     assert torch.equal(first["draws"], again["draws"])
     for different in (other, later):
@@ -94,7 +94,7 @@ def test_processes_and_steps_sample_differently_and_the_same_again(tmp_path, mon
     assert len(set(rows.tolist())) == len(rows)  # each token has its own
 
 
-def test_neither_dropout_nor_its_absence_in_what_is_sampled_and_scored(tmp_path):
+def test_dropout_is_off_while_sampling_and_on_in_training(tmp_path):
     student, teacher = tiny.policy(attention_dropout=0.5), tiny.policy(seed=1, attention_dropout=0.5)
     trainer = make_trainer(tmp_path, student, teacher.train(), disable_dropout=False)
     assert not trainer.teacher.model.training
@@ -103,10 +103,10 @@ def test_neither_dropout_nor_its_absence_in_what_is_sampled_and_scored(tmp_path)
     assert torch.equal(first["teacher_logps"], again["teacher_logps"])
     assert trainer.model.training
     scores = [trainer._score(trainer.model, first)[0] for _ in range(2)]
-    assert not torch.equal(*scores)  # the training pass has it
+    assert not torch.equal(*scores)  # the training pass has dropout
 
 
-def test_bfloat16_computes_student_and_teacher_alike(tmp_path):
+def test_bfloat16_scores_student_and_teacher_alike(tmp_path):
     """A student equal to its teacher has exactly the same log-probabilities under mixed precision."""
     trainer = make_trainer(tmp_path, teacher=tiny.policy(), bf16=True)
     batches = micro_batches(trainer)
@@ -186,7 +186,7 @@ def test_the_ranks_of_one_engine_draw_alike_and_no_others(tmp_path, monkeypatch,
     assert len({str(draws) for draws in own_draws}) == 4
 
 
-def test_without_vllm_it_is_asked_for(tmp_path, monkeypatch):
+def test_a_missing_vllm_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_ext.tropd.sampling.is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match="pip install trl"):
         make_trainer(tmp_path, use_vllm=True)

@@ -73,14 +73,14 @@ def test_settings_reach_the_loss(tmp_path, objective, overrides, expected):
     torch.testing.assert_close(loss, whole.detach())
 
 
-def test_the_top_share_is_of_the_least_certain_tokens():
+def test_the_top_share_is_that_of_the_least_certain_tokens():
     entropy = torch.tensor([[0.1, 0.9, float("nan"), 0.3, 0.5]])
     assert (entropy >= least_of_top_share(entropy, 0.25)).tolist() == [[False, True, False, False, False]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_average_their_gradients(tmp_path, monkeypatch, processes):
-    """The loss of a process is its tokens' sum over the mean number of tokens of a process."""
+    """The loss of a process is the sum over its tokens, divided by the mean number of tokens per process."""
     trainer = make_trainer(tmp_path, objective="opd")
     (batch,) = micro_batches(trainer, 8, 8)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
@@ -156,7 +156,7 @@ def test_no_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "fix"), [("compute_metrics", "eval_loss"), ("formatting_func", "dataset.map")])
-def test_arguments_that_mean_nothing_here(tmp_path, name, fix):
+def test_arguments_that_have_no_meaning_here(tmp_path, name, fix):
     with pytest.raises(ValueError, match=fix):
         TrOPDTrainer("student", "teacher", TrOPDConfig(**settings(tmp_path)), **{name: lambda x: x})
 
@@ -227,7 +227,7 @@ def test_a_teacher_by_path_is_loaded_with_its_init_kwargs(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["prompt tuning", "head"])
-def test_a_peft_teacher_that_scoring_would_pass_over(tmp_path, kind):
+def test_a_peft_teacher_that_scoring_would_ignore(tmp_path, kind):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     if kind == "head":
         config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)

@@ -1,4 +1,4 @@
-"""Training runs of TrOPDTrainer: what it computes, on which tokens, how often, and beside GKD."""
+"""Training runs of TrOPDTrainer: what it computes, on which tokens, how often, and compared with GKD."""
 
 import copy
 import inspect
@@ -112,7 +112,7 @@ def test_an_adapter_as_teacher(tmp_path):
     assert not any("expert" in name for name in load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors"))
 
 
-# Which token is which
+# Which log-probability belongs to which token
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -120,7 +120,7 @@ def test_each_log_probability_belongs_to_its_token(tmp_path, side):
     """Rows of unequal length against each row alone, unpadded, through the model's own forward."""
     teacher = tiny.policy(seed=1)
     trainer = make_trainer(tmp_path, teacher=copy.deepcopy(teacher), temperature=0.7)
-    if side == "right":  # prompts and labels of a collator that pads there
+    if side == "right":  # as from a collator that pads on the right
         trainer.data_collator = lambda rows: {
             k: to_the_right(v) for k, v in PromptCollator(tiny.tokenizer())(rows).items()
         }
@@ -162,7 +162,7 @@ def to_the_right(tensor):
 
 
 @pytest.mark.parametrize("trust_region", ["sampled", "expected"])
-def test_the_loss_is_the_mean_over_the_steps_tokens(tmp_path, trust_region):
+def test_the_loss_is_the_mean_over_the_tokens_of_the_step(tmp_path, trust_region):
     outliers = {"outlier_loss": "forward_kl_and_clip", "outlier_clip_floor": -0.2, "outlier_clip_coef": 0.3}
     trainer = make_trainer(tmp_path, trust_region=trust_region, **outliers)
     hash_rollouts(trainer)
@@ -194,7 +194,7 @@ REOPOLD_2 = {"objective": "reopold", "reopold_switch_step": 0}  # its second pha
     "options", [{}, {"guidance": "dataset"}, {"lmbda": 0.5}, {"objective": "eopd"}, REOPOLD_2], ids=str
 )
 def test_one_micro_batch_or_four(tmp_path, options):
-    """The draws too are of a rollout, not of the batch that it is in."""
+    """The draws too belong to a rollout and do not depend on its batch."""
     results = []
     for size in (8, 2):
         trainer = make_trainer(tmp_path, **options)
@@ -227,7 +227,7 @@ def test_every_token_an_outlier_and_none(tmp_path):
         batches = micro_batches(trainer)
         for batch in batches:
             batch["draws"] = torch.full_like(batch["draws"], draw)
-            batch["teacher_logps"] = batch["teacher_logps"] - 30 * draw  # surely not better than the student
+            batch["teacher_logps"] = batch["teacher_logps"] - 30 * draw  # below the student for certain
         loss, gradients = gradient(trainer, batches)
         assert loss.isfinite()
         assert all(g.isfinite().all() for g in gradients.values())
@@ -241,8 +241,8 @@ def test_a_student_equal_to_its_teacher_is_not_moved(tmp_path):
     assert max(g.abs().max() for g in gradients.values()) < 1e-4
 
 
-def test_the_teachers_own_end_is_no_opinion(tmp_path):
-    """The student ends with token 1, the teacher with 5: it cannot judge the student's end."""
+def test_the_teacher_cannot_judge_an_end_token_that_is_not_its_own(tmp_path):
+    """The student ends with token 1, the teacher with 5."""
     teacher = tiny.policy(seed=1, eos_token_id=5)
     teacher.generation_config.eos_token_id = 5
     trainer = make_trainer(tmp_path, teacher=teacher)
@@ -258,7 +258,7 @@ def test_the_teachers_own_end_is_no_opinion(tmp_path):
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-# Beside GKD
+# Compared with GKD
 
 
 def test_off_policy_with_the_whole_vocabulary_is_gkds_forward_kl(tmp_path):
@@ -296,7 +296,7 @@ def test_seq_kd_takes_the_teachers_samples(tmp_path):
 # How often
 
 
-def test_one_generation_and_one_pass_of_each_model_a_step(tmp_path, monkeypatch):
+def test_one_generation_and_one_pass_of_each_model_per_step(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=2, max_steps=3)
     calls = {"generate": 0, "student": 0, "teacher": 0}
     generate = trainer.model.generate
@@ -313,10 +313,10 @@ def test_one_generation_and_one_pass_of_each_model_a_step(tmp_path, monkeypatch)
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
         model.model.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     trainer.train()
-    assert calls == {"generate": 3, "student": 12, "teacher": 12}  # one a micro-batch
+    assert calls == {"generate": 3, "student": 12, "teacher": 12}  # one per micro-batch
 
 
-def test_several_generations_of_a_prompt_stand_together(tmp_path):
+def test_the_generations_of_a_prompt_are_adjacent(tmp_path):
     trainer = make_trainer(tmp_path, num_generations=4)
     seen = []
     sample = trainer.sampler.from_student
@@ -326,7 +326,7 @@ def test_several_generations_of_a_prompt_stand_together(tmp_path):
         assert prompts[:4] == [prompts[0]] * 4
         assert prompts[4:] == [prompts[4]] * 4
         assert prompts[0] != prompts[4]
-    assert len({str(prompts[0]) for prompts in seen}) == 4  # shuffled through the data, not the same again
+    assert len({str(prompts[0]) for prompts in seen}) == 4  # goes on through the shuffled data
 
 
 def test_no_tensor_of_logits(tmp_path, monkeypatch):
@@ -358,17 +358,17 @@ def test_evaluation_samples_and_reports_the_kl(tmp_path):
     logs = trainer.evaluate()
     assert logs["eval_loss"] > 0
     assert {"eval_teacher/kl", "eval_outliers/share", "eval_completions/mean_length"} <= logs.keys()
-    assert "eval_guidance/share" not in logs  # its own samples from the first token
+    assert "eval_guidance/share" not in logs  # the student samples from the first token on
     twin = make_trainer(tmp_path, teacher=tiny.policy(), eval_dataset=sums(12))
     assert abs(twin.evaluate()["eval_teacher/kl"]) < 1e-5
 
 
 def test_the_evaluation_loss_is_the_mean_over_its_tokens(tmp_path):
     trainer = make_trainer(tmp_path, objective="opd", lmbda=0.0, eval_dataset=sums(8), per_device_eval_batch_size=8)
-    hash_rollouts(trainer)  # as unequal as they come
+    hash_rollouts(trainer)  # completions of unequal length
     logs = trainer.evaluate()
     assert logs["eval_loss"] == pytest.approx(logs["eval_teacher/kl"], rel=1e-4)
-    assert "eval_off_policy/share" not in logs  # its own samples, whatever lmbda is in training
+    assert "eval_off_policy/share" not in logs  # the student samples, whatever lmbda is in training
     assert logs["eval_teacher/kl"] != 0
 
 
@@ -395,7 +395,7 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path):
     torch.testing.assert_close(with_aux - without, 0.1 * aux.detach(), rtol=1e-3, atol=1e-5)
     trainer.aux_loss_enabled = True
     in_four, _ = gradient(trainer, [*micro_batches(trainer, 8, 2)])
-    # A mean of four, not their sum
+    # The mean of four, not their sum
     assert (in_four - without).item() == pytest.approx((with_aux - without).item(), rel=0.2)
     trainer.train()
 
@@ -407,12 +407,14 @@ def test_padded_vocabularies_of_different_size(tmp_path):
     (batch,) = micro_batches(trainer, 8, 8)
     assert batch["top_k_ids"].shape[-1] == size
     assert batch["top_k_ids"].max() < size
-    assert (batch["top_k_logps"].exp().sum(-1)[batch["completion_mask"].bool()] < 1).all()  # over all of its own
+    assert (
+        batch["top_k_logps"].exp().sum(-1)[batch["completion_mask"].bool()] < 1
+    ).all()  # normalized over the teacher's whole vocabulary
     trainer.train()
     larger = make_trainer(tmp_path, tiny.policy(vocab_size=size + 13), tiny.policy(seed=1))
     larger.sampler.from_student = lambda prompts, length: [
         [5, size + 3, 6, 1] for _ in prompts
-    ]  # one unknown to the teacher
+    ]  # one is outside the teacher's vocabulary
     (batch,) = micro_batches(larger, 8, 8)
     assert batch["teacher_logps"].isinf().tolist() == [[False, True, False, False]] * 8
     larger.train()
