@@ -23,7 +23,7 @@ from trl_ext import (
     TrOPDConfig,
     TrOPDTrainer,
 )
-from trl_ext.arguments import as_config, check_sharded_adapter, check_types, sampling_that_biases_the_ratio
+from trl_ext.arguments import as_config, check_sharded_adapter, check_values, sampling_that_biases_the_ratio
 from trl_ext.dataset_columns import check_prompt_column, known_columns
 from trl_ext.policy_loss_checks import checked_token_loss, without_advice
 
@@ -67,7 +67,7 @@ def test_users_own_classes_are_accepted():
     class TheirDRPO(DRPOConfig):
         pass
 
-    class Both(RLADConfig, DRPOConfig):
+    class Both(DRPOConfig, RLADConfig):
         pass
 
     for given in (TheirGRPO, TheirDRPO, GRPOConfig, DRPOConfig, Both):
@@ -111,8 +111,8 @@ def test_a_setting_that_is_changed_later_is_checked_too():
 
 
 def test_numbers_of_numpy_are_numbers():
-    check_types(config(DRPOConfig, trust_region_radius=np.float32(0.1)), DRPOConfig)
-    check_types(config(ERPDConfig, rounds=np.int64(2), signal_weights=[1]), ERPDConfig)
+    check_values(config(DRPOConfig, trust_region_radius=np.float32(0.1)), DRPOConfig)
+    check_values(config(ERPDConfig, rounds=np.int64(2), signal_weights=[1]), ERPDConfig)
 
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)

@@ -9,8 +9,10 @@ from numbers import Integral, Real
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import GRPOConfig
+
+from trl_ext.ranges import GRPO, TRAINING, check_ranges
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
@@ -70,7 +72,7 @@ def as_config(args: TrainingArguments | None, config_class: type[ConfigT], model
         if type(args) is plain_class:  # so that our settings reach the logs and training_args.bin too
             converted.__class__ = config_class
         args = converted
-    check_types(args, config_class)
+    check_values(args, config_class)
     return args  # or, of a user's own class, with all of its settings
 
 
@@ -83,8 +85,12 @@ def library_config(config_class: type) -> type:
     )
 
 
-def check_types(args: Any, config_class: type) -> None:
-    """Raises a `ValueError` where one of the settings that this package defines has another type than it declares."""
+def check_values(args: Any, config_class: type) -> None:
+    """
+    Raises a `ValueError` where a setting that this package defines has another type than it declares, or one of TRL's
+    is out of its range. To be called before TRL's own `__post_init__`, which computes with them.
+    """
+    check_ranges(args, GRPO if issubclass(config_class, GRPOConfig) else TRAINING)
     own = {
         name
         for base in config_class.__mro__
@@ -147,18 +153,6 @@ def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
         raise ValueError(
             f"{owner} brings its own per-token loss and cannot use loss_type={args.loss_type!r}, which defines "
             f"another: set it to one of {', '.join(map(repr, AGGREGATIONS))}, which only say how tokens are averaged."
-        )
-
-
-def check_processing_class(processing_class: Any) -> None:
-    """Raises a `TypeError` for what is not a tokenizer or processor, a name for example."""
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
-        fix = f"AutoTokenizer.from_pretrained({processing_class!r})"
-        if not isinstance(processing_class, str):
-            fix = "what AutoTokenizer.from_pretrained() returns"
-        raise TypeError(
-            f"`processing_class` must be a tokenizer or a processor, got a {type(processing_class).__name__}: pass "
-            f"{fix}."
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 
 # Columns that are likely to hold the prompts, the likeliest first
@@ -18,7 +18,21 @@ def check_prompt_column(trainer: str, train_dataset: Any, eval_dataset: Any = No
     else:
         datasets["eval_dataset"] = eval_dataset
     for name, dataset in datasets.items():
-        known_columns(trainer, dataset, name, ("prompt",))
+        if "prompt" in known_columns(trainer, dataset, name, ("prompt",)):
+            check_first_prompt(dataset, name)
+
+
+def check_first_prompt(dataset: Any, name: str) -> None:
+    """Raises a `ValueError` where the first prompt of a dataset is neither text nor messages, or is empty."""
+    if not isinstance(dataset, Dataset):
+        return
+    prompt = dataset["prompt"][0]
+    is_messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_messages):
+        raise ValueError(
+            f"The first prompt of `{name}` is {prompt!r}, but a prompt must be a text or a list of messages (with "
+            "'role' and 'content'), and not empty: see what dataset.map() or the file has put there."
+        )
 
 
 def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]) -> list[str]:
@@ -41,6 +55,11 @@ def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]
             f"{trainer} takes a loaded dataset as `{name}`, got the text {dataset!r}: pass "
             f"datasets.load_dataset({dataset!r}, split='train')."
         )
+    if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        raise ValueError(
+            f"{trainer} takes a datasets.Dataset as `{name}`, got a {type(dataset).__name__}: pass e.g. "
+            "Dataset.from_list(rows)."
+        )
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, dict):
         raise ValueError(
@@ -50,6 +69,13 @@ def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]
         isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None
     ):
         raise ValueError(f"`{name}` has no rows: see whether its file is empty, or a filter has dropped all of them.")
+    if isinstance(dataset, list | tuple):
+        if not isinstance(dataset[0], dict):
+            raise ValueError(
+                f"The rows of `{name}` must be dictionaries with a {' or '.join(map(repr, wanted))}, got a "
+                f"{type(dataset[0]).__name__}: pass e.g. Dataset.from_dict({{{wanted[-1]!r}: texts}})."
+            )
+        columns = list(dataset[0])
     row_format = getattr(dataset, "format", None)
     if not columns or (isinstance(row_format, dict) and row_format.get("type") == "custom"):
         return []  # a transform makes the columns when a row is read

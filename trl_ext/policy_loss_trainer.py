@@ -16,9 +16,16 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_ext.arguments import (
     as_config,
     check_policy_loss_args,
-    check_processing_class,
     check_sharded_adapter,
     sampling_that_biases_the_ratio,
+)
+from trl_ext.constructor_checks import (
+    check_model,
+    check_processing_class,
+    check_reward_signatures,
+    check_rewards_and_tools,
+    check_training_arguments,
+    explain_reward_error,
 )
 from trl_ext.dataset_columns import check_prompt_column
 from trl_ext.diagnostics import report_after_diagnostics
@@ -97,11 +104,17 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
     ) -> None:
+        name = type(self).__name__
+        check_model(model, name)
         args = as_config(args, self.config_class, model, self._name)
         self.check_args(args)
         check_processing_class(processing_class)
+        check_training_arguments(args, eval_dataset, callbacks, optimizers, peft_config)
+        check_rewards_and_tools(args, reward_funcs, tools, rollout_func, environment_factory, name)
         if environment_factory is None:
-            check_prompt_column(type(self).__name__, train_dataset, eval_dataset)
+            check_prompt_column(name, train_dataset, eval_dataset)
+            if rollout_func is None:  # which may add what a reward function needs
+                check_reward_signatures(reward_funcs, train_dataset, args)
         self.before_loading(model, args, processing_class)
         self._loss_inputs: dict[str, Any] | None = None  # the batch, while `_compute_loss` works on it
         self._loss_scope = ExitStack()
@@ -345,7 +358,11 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         return self.finish_rollouts(super()._generate_and_score_completions(inputs))
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+        try:
+            self.rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            explain_reward_error(error)
+            raise
         return self.rewards_per_function
 
     def _generate(self, prompts: list):

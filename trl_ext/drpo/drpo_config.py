@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from trl_ext.arguments import check_policy_loss_args, check_types
+from trl_ext.arguments import check_policy_loss_args, check_values
 from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region
 
 
@@ -57,8 +57,8 @@ class DRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_values(self, DRPOConfig)
         super().__post_init__()
-        check_types(self, DRPOConfig)
         check_drpo_args(self, type(self).__name__)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from trl_ext.arguments import check_types
+from trl_ext.arguments import check_values
 from trl_ext.erpd.checks import CHOICES, check_erpd_args
 from trl_ext.trust_regions import TRUST_REGIONS
 
@@ -150,6 +150,6 @@ class ERPDConfig(GRPOConfig):
     keep_teachers: bool = field(default=False, metadata={"help": "Whether the policies of stage 1 are saved."})
 
     def __post_init__(self) -> None:
+        check_values(self, ERPDConfig)
         super().__post_init__()
-        check_types(self, ERPDConfig)
         check_erpd_args(self, type(self).__name__)

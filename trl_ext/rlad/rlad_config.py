@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from trl_ext.arguments import check_policy_loss_args, check_types
+from trl_ext.arguments import check_policy_loss_args, check_values
 from trl_ext.losses import DISTILLATIONS
 from trl_ext.teacher.settings import TeacherSettings
 from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region
@@ -141,8 +141,8 @@ class RLADConfig(TeacherSettings, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_values(self, RLADConfig)
         super().__post_init__()
-        check_types(self, RLADConfig)
         check_rlad_args(self, type(self).__name__)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl.experimental.gkd import GKDConfig
 
-from trl_ext.arguments import check_types
+from trl_ext.arguments import check_values
 from trl_ext.teacher.settings import TeacherSettings
 from trl_ext.tropd.checks import CHOICES, check_tropd_args
 from trl_ext.tropd.objective import OBJECTIVES
@@ -165,6 +165,6 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
     )
 
     def __post_init__(self) -> None:
+        check_values(self, TrOPDConfig)
         super().__post_init__()
-        check_types(self, TrOPDConfig)
         check_tropd_args(self)

@@ -20,7 +20,8 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, repeat_iterable_dataset
 
-from trl_ext.arguments import as_config, check_processing_class, check_sharded_adapter
+from trl_ext.arguments import as_config, check_sharded_adapter
+from trl_ext.constructor_checks import check_model, check_processing_class, check_training_arguments
 from trl_ext.diagnostics import report_after_diagnostics
 from trl_ext.losses import least_of_top_share, longest_prefix
 from trl_ext.metrics import TokenMetrics
@@ -128,8 +129,10 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
                 f"{name} must know where a prompt ends, which formatting_func does not tell: make a 'prompt' column "
                 "with dataset.map() instead."
             )
+        check_model(model, name)
         args = as_config(args, TrOPDConfig, model, self._name)
         check_processing_class(processing_class)
+        check_training_arguments(args, eval_dataset, callbacks, optimizers, peft_config)
         check_tropd_args(args)
         needs = None
         if data_collator is None:

@@ -1,0 +1,173 @@
+"""Wrong settings: each is refused when the configuration is made, in a sentence that says what to set instead."""
+
+import math
+
+import pytest
+from wrong import CONFIGS, assert_clear, config
+
+
+# Settings of GRPO, which all three of its trainers refuse alike
+GRPO = [
+    ({"loss_type": "cispo"}, r"cannot use loss_type='cispo'.*set it to one of 'grpo', 'bnpo'"),
+    ({"loss_type": "nonsense"}, r"cannot use loss_type='nonsense'.*set it to one of 'grpo'"),
+    ({"importance_sampling_level": "sequence"}, "set it to 'token'"),
+    ({"num_generations": 0}, "must be a whole number of at least 2, because the rollouts of a prompt are compared"),
+    ({"num_generations": 1}, "must be a whole number of at least 2"),
+    ({"num_generations": "4"}, "must be a whole number"),
+    ({"num_generations": 3}, r"generation_batch_size \(8\) must be divisible by num_generations \(3\)"),
+    ({"generation_batch_size": 7}, "must be divisible by the global batch size"),
+    ({"generation_batch_size": 8, "steps_per_generation": 2}, "can not be both configured"),
+    ({"num_iterations": 0}, "num_iterations=0 must be a whole number of at least 1"),
+    ({"num_iterations": 1.5}, "num_iterations=1.5 must be a whole number"),
+    ({"steps_per_generation": 0}, "must be a whole number of at least 1 or None"),
+    ({"max_completion_length": 0}, "must be a whole number of at least 1"),
+    ({"max_completion_length": -5}, "must be a whole number of at least 1"),
+    ({"temperature": 0.0}, "temperature=0.0 must be a number above 0"),
+    ({"temperature": "hot"}, "temperature='hot' must be a number above 0"),
+    ({"top_p": 0.0}, "top_p=0.0 must be a number above 0, up to 1"),
+    ({"top_p": 1.5}, "must be a number above 0, up to 1"),
+    ({"min_p": -0.1}, "must be a number from 0 to 1 or None"),
+    ({"repetition_penalty": 0.0}, "must be a number above 0"),
+    ({"beta": -0.1}, "must be a number of at least 0, because less would push the policy away"),
+    ({"beta": math.nan}, "beta=nan must be a number of at least 0"),
+    ({"epsilon": -0.2}, "must be a number of at least 0"),
+    ({"epsilon": "0.2"}, "epsilon='0.2' must be a number"),
+    ({"epsilon_high": -0.2}, "must be a number of at least 0 or None"),
+    ({"delta": 0.0}, "must be a number above 0 or None"),
+    ({"top_entropy_quantile": 2.0}, "must be a number above 0, up to 1"),
+    ({"scale_rewards": "maybe"}, "must be one of True, False, 'group', 'batch', 'none'"),
+    ({"multi_objective_aggregation": "mean"}, "must be one of 'sum_then_normalize', 'normalize_then_sum'"),
+    ({"vllm_mode": "remote"}, "must be one of 'server', 'colocate'"),
+    ({"vllm_tensor_parallel_size": 0}, "must be a whole number of at least 1"),
+    ({"vllm_gpu_memory_utilization": 2.0}, "must be a number above 0, up to 1"),
+]
+# Settings of transformers, which all four trainers refuse
+TRAINING = [
+    ({"per_device_train_batch_size": 0}, "must be a whole number of at least 1"),
+    ({"per_device_eval_batch_size": 0}, "must be a whole number of at least 1"),
+    ({"gradient_accumulation_steps": 0}, "must be a whole number of at least 1"),
+    ({"learning_rate": -1.0}, "must be a number of at least 0"),
+    ({"learning_rate": "high"}, "learning_rate='high' must be a number"),
+    ({"learning_rate": math.nan}, "must be a number"),
+    ({"max_steps": "4"}, "must be a whole number"),
+    ({"num_train_epochs": 0}, "must be a number above 0"),
+    ({"max_grad_norm": -1.0}, "must be a number of at least 0"),
+    ({"save_strategy": "sometimes"}, "sometimes is not a valid SaveStrategy, please select one of"),
+    ({"lr_scheduler_type": "linea"}, "linea is not a valid SchedulerType, please select one of"),
+    ({"optim": "adam"}, "adam is not a valid OptimizerNames, please select one of"),
+    ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16"),
+]
+OWN = {
+    "drpo": [
+        ({"trust_region": "DRPO"}, "is unknown: set it to one of 'drpo', 'spo'"),
+        ({"trust_region": None}, r"has the wrong type \(NoneType\): set it to a string"),
+        ({"trust_region_radius": "0.1"}, r"has the wrong type \(str\): set it to a number or None"),
+        ({"trust_region_radius": True}, r"has the wrong type \(bool\)"),
+        ({"trust_region_radius": 0}, "set a positive number, or None for drpo's default of 0.15"),
+        ({"trust_region_radius": math.inf}, "must be positive and finite"),
+        ({"trust_region": "ppo_clip", "trust_region_radius": 0.1}, "remove it and set epsilon"),
+        ({"dppo_ratio_cap": 2.0}, "set trust_region to 'dppo_tv' or 'dppo_kl'"),
+        ({"trust_region": "dppo_tv", "dppo_ratio_cap": 0.2}, "set it to 1 or more, or to None"),
+        ({"no_such_setting": 1}, "unexpected keyword argument 'no_such_setting'"),
+    ],
+    "rlad": [
+        ({"distillation": "kd"}, "is unknown: set it to one of 'trrd', 'kdrl'"),
+        ({"teacher_mixture_alpha": 1.5}, "teacher_mixture_alpha=1.5 must be from 0"),
+        ({"teacher_mixture_alpha": -0.1}, "teacher_mixture_alpha=-0.1 must be from 0"),
+        ({"teacher_mixture_alpha": None}, r"has the wrong type \(NoneType\): set it to a number"),
+        ({"teacher_log_ratio_clip": 0.0}, "must be a positive number of nats, or None"),
+        ({"teacher_log_ratio_clip": "1"}, "set it to a number or None"),
+        ({"kdrl_coef": -1.0}, "kdrl_coef=-1.0 must be 0 or more"),
+        ({"kdrl_coef_decay": -1.0}, "kdrl_coef_decay=-1.0 must be 0 or more"),
+        ({"kdrl_coef_min": math.nan}, "kdrl_coef_min=nan must be 0 or more"),
+        ({"kdrl_estimator": "k1"}, "set it to one of 'k2', 'k3'"),
+        ({"kdrl_mask": "groups"}, "set it to one of 'none', 'response', 'group'"),
+        ({"kdrl_correct_reward": None}, "set it to a number"),
+        ({"teacher_server_timeout": 0.0}, "must be a number above 0"),
+        ({"teacher_server_timeout": "1"}, "set it to a number|must be a number"),
+        ({"teacher_model_server_url": 8000}, "set it to a string or None"),
+        ({"teacher_model_init_kwargs": [1]}, "set it to a dictionary or a string or None"),
+        ({"trust_region": "kl"}, "is unknown: set it to one of"),
+    ],
+    "erpd": [
+        ({"rounds": 0}, "set it to 1 or more"),
+        ({"rounds": 1.5}, "set it to a whole number"),
+        ({"prompts_per_round": "4"}, "set it to a whole number or None"),
+        ({"extraction_loss": "dpo"}, "set it to one of 'sapo', 'ce', 'mse'"),
+        ({"extraction_loss": []}, "there is no teacher: set it to 'ce'"),
+        ({"extraction_loss": ["ce", "ce"]}, "name each once"),
+        ({"extraction_passes": 0}, "set it to 1 or more"),
+        ({"distillation_passes": 0}, "set it to 1 or more"),
+        ({"extraction_learning_rate": -1e-5}, "extraction_learning_rate=-1e-05 must be a positive number"),
+        ({"extraction_warmup_steps": -1}, "extraction_warmup_steps=-1"),
+        ({"extraction_lr_scheduler_type": "linea"}, "set it to 'constant', 'linear' or 'cosine'"),
+        ({"extraction_lr_scheduler_type": "reduce_lr_on_plateau"}, "cannot start anew with each stage: set it to"),
+        ({"extraction_beta": 0.0}, "extraction_beta=0.0 must be a positive number"),
+        ({"signal": "reward"}, "set it to one of 'teacher', 'unlearned_reference'"),
+        ({"signal": None}, "set it to a string or a list of strings"),
+        ({"signal": ["teacher", "teacher"]}, "give one signal, or one"),
+        ({"signal_weights": 1.0}, "set it to a list of numbers or None"),
+        ({"signal_weights": [1.0, 2.0]}, "give one"),
+        ({"signal_weights": [math.nan]}, "give finite numbers, not all 0"),
+        ({"signal_normalization": "batch"}, "set it to one of 'standardize', 'scale', 'none'"),
+        ({"signal_clip": 0.0}, "signal_clip=0.0 must be a positive number"),
+        ({"distillation_anchor": "teacher"}, "set it to one of 'base', 'pass'"),
+        ({"trust_region_radius": 0.1}, "has no meaning for trust_region='ppo_clip'"),
+        ({"outcome_advantage_weight": math.nan}, "outcome_advantage_weight=nan must be a? ?finite"),
+        ({"keep_teachers": "no"}, "set it to True or False"),
+        ({"max_steps": 5}, "would end .* within a stage.*: remove it, and set prompts_per_round"),
+        ({"num_train_epochs": 2}, "would end .* within a stage"),
+        ({"num_iterations": 2}, "set it to 1, and extraction_passes and distillation_passes"),
+        ({"ignore_data_skip": True}, "set it to False"),
+        ({"sync_ref_model": True}, "set it to False"),
+        ({"off_policy_mask_threshold": 0.1}, "set it to None"),
+        ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, "set it to 'adamw_torch_fused'"),
+    ],
+    "tropd": [
+        ({"objective": "gkd"}, "set it to one of 'tropd', 'opd', 'eopd', 'reopold'"),
+        ({"objective": None}, "set it to a string"),
+        ({"lmbda": 1.5}, r"range \[0.0, 1.0\]|between 0 and 1"),
+        ({"lmbda": "1"}, "lmbda='1' has the wrong type"),
+        ({"temperature": 0.0}, "set it above 0|must be a number above 0"),
+        ({"num_generations": 0}, "set it to 1 or more"),
+        ({"num_generations": 1.5}, "set it to a whole number"),
+        ({"trust_region": "drpo"}, "set it to one of 'sampled', 'expected'"),
+        ({"outlier_loss": "kl"}, "set it to one of 'forward_kl', 'clip'"),
+        ({"outlier_top_k": 0}, "set it to 1 or more"),
+        ({"outlier_top_k": "64"}, "set it to a whole number"),
+        ({"outlier_clip_floor": 1.0}, "set it to 0 nats or less"),
+        ({"guidance": "teachers"}, "set it to one of 'none', 'dataset', 'teacher'"),
+        ({"guidance_coef": -1.0}, "set it to 0 or more"),
+        ({"guidance_max_length": -1}, "set it to 0 or more"),
+        ({"guidance_schedule": "cos"}, "set it to one of 'cosine', 'linear', 'constant'"),
+        ({"guidance_prefix": "short"}, "set it to one of 'random', 'longest'"),
+        ({"guidance_share": 2.0}, "between 0 and 1"),
+        ({"eopd_top_k": 0}, "set it to 1 or more"),
+        ({"eopd_entropy_threshold": None}, "set it to a number"),
+        ({"reopold_floor": 1.0}, "set it to 0 nats or less"),
+        ({"reopold_switch_step": 1.5}, "set it to a whole number or None"),
+        ({"reopold_top_entropy_share": -0.2}, "between 0 and 1"),
+        ({"max_new_tokens": 0}, "set it to 1 or more"),
+        ({"max_length": 0}, "set it to 1 or more, or to None"),
+        ({"packing": True}, "leave packing out"),
+        ({"assistant_only_loss": True}, "leave assistant_only_loss out"),
+        ({"loss_type": "dft"}, "choose an objective"),
+        ({"label_smoothing_factor": 0.1}, "choose an objective"),
+        ({"train_sampling_strategy": "group_by_length"}, "set it to 'random' or 'sequential'"),
+        ({"vllm_mode": "remote"}, "set it to one of 'colocate', 'server'"),
+        ({"teacher_server_timeout": 0}, "must be a number above 0"),
+    ],
+}
+CASES = [(method, *case) for method, cases in OWN.items() for case in cases]
+# Each of the shared settings in one trainer in turn
+CASES += [(("drpo", "rlad", "erpd")[i % 3], *case) for i, case in enumerate(GRPO)]
+CASES += [(list(CONFIGS)[i % 4], *case) for i, case in enumerate(TRAINING)]
+
+
+@pytest.mark.parametrize(("method", "settings", "message"), CASES, ids=[f"{m}-{s}" for m, s, _ in CASES])
+def test_a_wrong_setting(method, settings, message):
+    assert_clear(lambda: config(method, **settings), message)
+
+
+def test_there_are_many():
+    assert len({(method, str(settings)) for method, settings, _ in CASES}) == len(CASES) >= 130
