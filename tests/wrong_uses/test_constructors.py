@@ -145,8 +145,11 @@ def with_policy(method, **arguments):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        (lambda path: 3, "teacher"),
-        (lambda path: Qwen3ForSequenceClassification(tiny.policy().config), "teacher"),
+        (lambda path: 3, "must be a causal language model, .* got int: load it with AutoModelForCausalLM"),
+        (
+            lambda path: Qwen3ForSequenceClassification(tiny.policy().config),
+            "got Qwen3ForSequenceClassification: load it with AutoModelForCausalLM",
+        ),
         (lambda path: tiny.policy(vocab_size=20), "vocabular|tokenizer"),
         (lambda path: save_without_tokenizer(path), "tokenizer"),
     ],

@@ -41,6 +41,11 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
     if args.teacher_model_revision is not None:
         init_kwargs["revision"] = args.teacher_model_revision
     if not isinstance(teacher, str):
+        if getattr(teacher, "get_output_embeddings", lambda: None)() is None:
+            raise TypeError(
+                f"The teacher must be a causal language model, its name or a URL, got {type(teacher).__name__}: "
+                "load it with AutoModelForCausalLM.from_pretrained()."
+            )
         if teacher is student:
             raise ValueError(
                 "The teacher is the student itself: pass another model, or the name of one, as the teacher."
