@@ -141,11 +141,7 @@ def test_a_teacher_with_another_tokenizer(tmp_path):
     tokenizer = tiny.tokenizer()
     teacher = tmp_path / "teacher"
     tiny.policy(seed=1).save_pretrained(teacher)
-    tiny.CHARACTERS, original = tiny.CHARACTERS[::-1], tiny.CHARACTERS
-    try:
-        tiny.tokenizer().save_pretrained(teacher)
-    finally:
-        tiny.CHARACTERS = original
+    tiny.tokenizer(tiny.CHARACTERS[::-1]).save_pretrained(teacher)
     with pytest.raises(ValueError, match=r"the first difference being token 3"):
         make_trainer(tmp_path, teacher=str(teacher), processing_class=tokenizer)
 
