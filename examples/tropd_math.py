@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments, get_peft_config
-from trl.experimental.gkd import GKDTrainer
 
 from common.command_line import parse_arguments
 from common.console import quieten
+from common.gkd import SampledGKD
 from common.report import Panel, Run
 from common.training import Task, own_math_task, report, run
 from embedded import tasks
@@ -97,13 +97,6 @@ class TrOPDScriptArguments(ScriptArguments):
     num_held_out: int = field(
         default=400, metadata={"help": "Problems on which the student is evaluated before and after training."}
     )
-
-
-class SampledGKD(GKDTrainer):
-    """TRL's own, except that its loss is the mean over what was sampled, because the data set has no completions."""
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        return None
 
 
 def make_trainer(method: str | None, args: TrOPDConfig, task: Task, model: Any, peft_config: Any = None) -> Any:

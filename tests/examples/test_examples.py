@@ -40,7 +40,7 @@ def run(script, folder, cache, *flags, launch=()):
         timeout=600,
     )
     assert result.returncode == 0, "\n".join(result.stderr.splitlines()[-40:])
-    for noise in ("is deprecated", "pin_memory", "{'loss'"):
+    for noise in ("is deprecated", "pin_memory", "Experimental", "{'loss'"):
         assert noise not in result.stderr + result.stdout
     return result.stdout
 
