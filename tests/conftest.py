@@ -17,9 +17,9 @@ torch.set_num_threads(1)
 TESTS = Path(__file__).parent
 # In the order in which they start, so that no worker is left with a long file at the end. Most of their tests are
 # slow, because they start processes, each of which imports torch and TRL.
-SLOW_FOLDERS = ("distributed", "real_vllm", "examples")
+SLOW_FOLDERS = ("distributed", "real_vllm", "examples", "resilience", "peft_forms")
 # In them, the tests that use one of these fixtures do; the others are as fast as any.
-STARTS_PROCESSES = {"launch", "one_process", "paths", "path", "cache", "in_own_process"}
+STARTS_PROCESSES = {"launch", "one_process", "paths", "path", "cache", "runs"}
 
 
 @pytest.hookimpl(tryfirst=True)

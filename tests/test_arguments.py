@@ -296,12 +296,23 @@ def test_other_advice_is_given(caplog):
 # ---- adapters under FSDP
 
 
+def refused(situation, *trainers):
+    return [pytest.mark.supports(trainer, situation, refused=True) for trainer in trainers]
+
+
+FSDP1 = "FSDP1, with which PEFT saves an empty one: set fsdp_version to 2"
+HEAD = "cannot train the LM head .* remove it from modules_to_save"
+
+
 @pytest.mark.parametrize(
     ("version", "lora", "fused_head", "message"),
     [
-        (1, {}, True, "FSDP1, with which PEFT saves an empty one: set fsdp_version to 2"),
-        (1, {}, False, "FSDP1, with which PEFT saves an empty one: set fsdp_version to 2"),
-        (2, {"modules_to_save": ["lm_head"]}, True, "cannot train the LM head .* remove it from modules_to_save"),
+        pytest.param(1, {}, True, FSDP1, marks=refused("FSDP1, LoRA", "drpo", "rlad", "erpd")),
+        pytest.param(1, {}, False, FSDP1, marks=refused("FSDP1, LoRA", "tropd")),
+        pytest.param(
+            *(2, {"modules_to_save": ["lm_head"]}, True, HEAD),
+            marks=refused("FSDP2, LoRA with a trained head", "drpo", "rlad", "erpd"),
+        ),
         (2, {"modules_to_save": ["lm_head"]}, False, None),
         (2, {}, True, None),
         (2, None, True, None),

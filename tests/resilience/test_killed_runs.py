@@ -18,13 +18,18 @@ def kill(trainer, tmp_path, kills, seed):
     return map(int, re.search(r"killed (\d+) times, (\d+) of them with a half-written", result.stdout).groups())
 
 
-@pytest.mark.parametrize("trainer", ["drpo", "rlad", "tropd", "erpd"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "trainer",
+    [pytest.param(t, marks=pytest.mark.supports(t, "killed with SIGKILL")) for t in ("drpo", "rlad", "tropd", "erpd")],
+)
 def test_a_run_that_is_killed_ends_where_the_undisturbed_run_ends(trainer, tmp_path):
     kills, _ = kill(trainer, tmp_path, kills=2, seed=0)
     assert kills >= 1
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("trainer", ["drpo", "rlad", "tropd", "erpd"])
 def test_a_run_that_is_killed_twenty_times(trainer, tmp_path):
     kills, halves = kill(trainer, tmp_path, kills=20, seed=1)

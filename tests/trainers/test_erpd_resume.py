@@ -50,6 +50,8 @@ def assert_resumes_everywhere(path, tmp_path, steps, **overrides):
     return whole
 
 
+@pytest.mark.slow
+@pytest.mark.supports("erpd", "one process: resuming")
 def test_resume_in_each_stage_and_round(path, tmp_path):
     """2 rounds of extraction, unlearning and distillation, with measures: each step, boundaries among them."""
     whole = assert_resumes_everywhere(

@@ -40,6 +40,7 @@ def path(tmp_path_factory):
     return tiny.save_policy(tmp_path_factory.mktemp("policy"))
 
 
+@pytest.mark.supports("drpo", "one process: resuming")
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_resume_is_exact_at_every_step(path, tmp_path, schedule):
     whole = run(path, tmp_path, **schedule)

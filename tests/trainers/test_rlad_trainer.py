@@ -456,6 +456,7 @@ def test_the_student_cannot_be_its_own_teacher(tmp_path):
         make_trainer(model, tmp_path, model, processing_class=tiny.tokenizer())
 
 
+@pytest.mark.supports("rlad", "one process: resuming")
 def test_resume_is_exact(path, teacher_path, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "distillation": "kdrl", "kdrl_coef": 0.1}
     whole = make_trainer(path, tmp_path, teacher_path, **settings)

@@ -39,6 +39,7 @@ def whole_run(request, tmp_path_factory):
     return folder, RUNS[request.param], run(folder, RUNS[request.param])
 
 
+@pytest.mark.supports("tropd", "one process: resuming")
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_exactly(tmp_path, whole_run, stop):
     folder, overrides, (weights, logs) = whole_run

@@ -1,0 +1,164 @@
+"""
+Writes docs/support.md from the tests: each test that shows that a trainer works in a situation says so with
+`@pytest.mark.supports(trainer, situation)`, or with `refused=True` that the trainer refuses it in one sentence.
+
+    python scripts/support_table.py           # after a test was added, renamed or removed
+    python scripts/support_table.py --check   # exit status 1 where the page is not what the tests say
+"""
+
+import contextlib
+import io
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "support.md"
+TRAINERS = {"drpo": "DRPOTrainer", "rlad": "RLADTrainer", "tropd": "TrOPDTrainer", "erpd": "ERPDTrainer"}
+
+# Titles of the tables, and the situations of each in the order of its rows. A marker that names another one is an
+# error.
+LAYOUTS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
+TABLES = {
+    "Two processes train what one process trains": (
+        *LAYOUTS,
+        *(f"{layout}, LoRA" for layout in ("ZeRO-2", "ZeRO-3", "FSDP2")),
+        "FSDP2, LoRA with a trained head",
+        "FSDP1",
+        "FSDP1, LoRA",
+    ),
+    "Resuming, to the bit": (
+        "one process: resuming",
+        *(f"{layout}: resuming" for layout in LAYOUTS),
+        *(f"{layout}, LoRA: resuming" for layout in ("ZeRO-2", "ZeRO-3", "FSDP2")),
+        "vLLM colocated: resuming",
+        "killed with SIGKILL",
+    ),
+    "vLLM": (
+        "vLLM colocated, float32",
+        "vLLM colocated, bfloat16",
+        "vLLM colocated, LoRA",
+        "vLLM colocated, two processes",
+        "vLLM colocated, tensor parallel 2",
+        "vLLM colocated, sleep mode",
+        "vLLM server, weights by disk",
+        "vLLM server, weights by NCCL",
+        "vLLM as teacher server",
+    ),
+    "Precision": ("bfloat16 autocast", "float16 autocast"),
+    "PEFT": (
+        "LoRA (all-linear)",
+        "DoRA",
+        "rsLoRA",
+        "LoRA, modules_to_save",
+        "LoRA, an existing adapter",
+        "LoRA, an adapter as teacher",
+    ),
+    "Rollouts": (
+        "tool loop",
+        "environment_factory",
+        "multi-turn rollout_func",
+        "vision-language model",
+    ),
+    "Devices": ("GPU",),
+}
+
+# Cells, or with `None` rows, that no test can fill.
+NO_TEACHER = "has no teacher of this kind"
+NOT_APPLICABLE = {
+    ("vLLM as teacher server", "drpo"): NO_TEACHER,
+    ("vLLM as teacher server", "erpd"): "has its own teachers",
+    ("LoRA, an adapter as teacher", "drpo"): NO_TEACHER,
+    ("LoRA, an adapter as teacher", "erpd"): "has its own teachers",
+    ("tool loop", "tropd"): "no: GKDTrainer has none",
+    ("environment_factory", "tropd"): "no: GKDTrainer has none",
+    ("multi-turn rollout_func", "tropd"): "no: GKDTrainer has none",
+    ("vLLM server, weights by NCCL", None): "not yet run: needs a GPU",
+    ("vLLM colocated, sleep mode", None): "not yet run: needs a GPU",
+    ("GPU", None): "not yet run",
+}
+NOT_RUN = "not run"
+
+HEAD = """\
+# What was run
+
+Written by [`scripts/support_table.py`](../scripts/support_table.py) from the markers of the tests; do not edit.
+
+Each *runs* links to the test that trains in that situation and compares the result with what must come out; the title
+of the link is the test's name. All of them run on a CPU, with models of a few thousand parameters and the real
+DeepSpeed, FSDP and PEFT. The tests with vLLM itself need an environment of their own, which
+[`scripts/vllm_environment.sh`](../scripts/vllm_environment.sh) makes, and are skipped elsewhere. *refused* links to
+the test of the error, which says what to do instead. *not run* means that no test has tried it.
+"""
+
+
+class Collector:
+    """Collects the markers of all tests without running them."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[str, str], list[tuple[str, str, bool]]] = defaultdict(list)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            for marker in item.iter_markers("supports"):
+                trainer, situation = marker.args
+                path = item.path.relative_to(ROOT).as_posix()
+                test = (path, item.name.replace('"', "'"), bool(marker.kwargs.get("refused")))
+                if test not in self.cells[situation, trainer]:
+                    self.cells[situation, trainer].append(test)
+
+
+def collect() -> dict[tuple[str, str], list[tuple[str, str, bool]]]:
+    """Tests (path, name, whether it is one of a refusal) of each situation and trainer."""
+    collector = Collector()
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = pytest.main(options, plugins=[collector])
+    if status != pytest.ExitCode.OK:
+        raise SystemExit("The tests cannot be collected: run `pytest --collect-only tests` to see why.")
+    situations = {situation for rows in TABLES.values() for situation in rows}
+    for situation, trainer in collector.cells:
+        if situation not in situations or trainer not in TRAINERS:
+            raise SystemExit(
+                f"@pytest.mark.supports({trainer!r}, {situation!r}) is in no table of {Path(__file__).name}: "
+                "correct it, or add the situation there."
+            )
+    return collector.cells
+
+
+def cell(tests: list[tuple[str, str, bool]], situation: str, trainer: str) -> str:
+    if not tests:
+        default = NOT_APPLICABLE.get((situation, None), NOT_RUN)
+        return NOT_APPLICABLE.get((situation, trainer), default)
+    links = []
+    for number, (path, name, refused) in enumerate(tests[:3]):
+        word = ("refused" if refused else "runs") if number == 0 else str(number + 1)
+        links.append(f'[{word}](../{path} "{name}")')
+    return " ".join(links)
+
+
+def page() -> str:
+    cells = collect()
+    parts = [HEAD]
+    for title, situations in TABLES.items():
+        rows = [f"| {' | '.join(['', *TRAINERS.values()])} |", "|---" * (len(TRAINERS) + 1) + "|"]
+        for situation in situations:
+            row = [cell(cells.get((situation, trainer), []), situation, trainer) for trainer in TRAINERS]
+            rows.append(f"| {' | '.join([situation, *row])} |")
+        parts.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        raise SystemExit("docs/support.md is not what the tests say: run python scripts/support_table.py.")
+
+
+if __name__ == "__main__":
+    main()
