@@ -64,11 +64,12 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     [`~trl.GRPOTrainer`] with another per-token policy loss: a subclass writes `policy_loss`, and all the rest
     (generation, rewards, masks, KL, aggregation, entropy bonus, auxiliary loss, metrics) remains TRL's own code.
 
-    How: TRL's surrogate is \\( -\min(\mathrm{clip}_1(r) A, \mathrm{clip}_2(r) A) \\), and it reads the advantages and
-    both clips' bounds only after the log-probabilities. Upper bounds of -1 make both clips the constant -1, without a
-    gradient, as a ratio is positive; then the surrogate of "advantages" \\( \ell \\) is exactly \\( \ell \\), in value
-    and in gradient. So where the log-probabilities pass by, our loss takes the place of the advantages. The ratio
-    itself stays what it was, for its other reader: the bias correction of the KL term.
+    How it works: TRL's surrogate is \\( -\min(\mathrm{clip}_1(r) A, \mathrm{clip}_2(r) A) \\), and TRL reads the
+    advantages and the bounds of both clips only after it has computed the log-probabilities. With an upper bound of
+    -1, both clips return the constant -1 without a gradient, because a ratio is always positive. The surrogate of
+    "advantages" \\( \ell \\) is then exactly \\( \ell \\), in value and in gradient. So as soon as there are
+    log-probabilities, the policy loss takes the place of the advantages. The ratio itself is left as it is, for its
+    other use in TRL: the bias correction of the KL term.
 
     Takes the arguments of [`~trl.GRPOTrainer`], in the same order.
     """
@@ -116,7 +117,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
             if rollout_func is None:  # which may add what a reward function needs
                 check_reward_signatures(reward_funcs, train_dataset, args)
         self.before_loading(model, args, processing_class)
-        self._loss_inputs: dict[str, Any] | None = None  # the batch, while `_compute_loss` works on it
+        self._loss_inputs: dict[str, Any] | None = None  # the batch, until its policy loss is computed
         self._loss_scope = ExitStack()
         self._skips_old_pass = False  # until the pass that scores the old policy
         self.rewards_per_function = torch.empty(0, 0)  # of the last rollout batch: (rollouts, functions)
@@ -155,7 +156,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         check_policy_loss_args(args, cls.__name__)
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
-        """For what a subclass can find out before the policy is loaded. Called once `args` have been checked."""
+        """A hook for checks that need no loaded policy. Called after `args` have been checked."""
 
     def warn_about_args(self) -> None:
         """Warns, once, of the settings that were set but have no effect. Called at the end of `__init__`."""
@@ -269,7 +270,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
-        with ExitStack() as self._loss_scope:  # which puts back, also when interrupted, what the loss changes
+        with ExitStack() as self._loss_scope:  # restores what the loss changes, also when it is interrupted
             self._loss_scope.enter_context(self._replaced(**self.loss_settings()))
             self._loss_inputs = inputs = dict(inputs)  # a copy, because the rollout batch is used again
             self._loss_scope.callback(setattr, self, "_loss_inputs", None)
@@ -294,12 +295,12 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     @contextmanager
     def _saturated_clips(self, advantages: torch.Tensor) -> Iterator[None]:
-        """Makes TRL's surrogate the value that stands in the advantages' place, whose part these play no more."""
+        """TRL's surrogate becomes what has replaced the `advantages`. Afterwards all is as before."""
         delta, judge = self.args.delta, self.get_off_policy_mask
         values = {
             "epsilon_low": float("inf"),
             "epsilon_high": -2.0,
-            # It goes by the sign of the advantages; TRL would hand it what now stands in their place
+            # It depends on the sign of the advantages, but TRL would pass it what has replaced them
             "get_off_policy_mask": lambda **kwargs: judge(**{**kwargs, "advantages": advantages}),
         }
         self.args.delta = -1.0
@@ -331,7 +332,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         if sampler_logps is not None:
             behaviour_logps = sampler_logps
         elif not self.model.training:
-            behaviour_logps = None  # evaluated by the very policy that sampled
+            behaviour_logps = None  # the policy that is evaluated is the one that sampled
 
         token_loss = checked_token_loss(
             self.policy_loss(logps, behaviour_logps, advantages, mask, inputs), logps, type(self).__name__
@@ -343,7 +344,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
                 metrics["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, sampler_logps)
         self._token_metrics["train" if self.model.training else "eval"].update(metrics, mask)
 
-        # For TRL's own ratio, which weighs the KL term and would make inf or NaN of impossible tokens
+        # TRL's own ratio weighs the KL term, and would be inf or NaN for impossible tokens
         behaviour_logps = self.kl_behaviour_logps(logps if behaviour_logps is None else behaviour_logps, inputs)
         inputs["old_per_token_logps"] = bounded_behaviour_logps(logps, behaviour_logps)
         inputs["advantages"] = token_loss.loss

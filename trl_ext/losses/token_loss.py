@@ -21,10 +21,10 @@ class TokenLoss:
         loss (`torch.Tensor` of shape `(batch, time)`):
             Loss to minimise, in float32 or wider. Exactly 0, with an exactly zero gradient, wherever the mask is 0.
         metrics (`dict[str, torch.Tensor]`, *optional*):
-            Detached values, of shape `(batch, time)` for one value a token or `(batch,)` for one a sequence. A name
-            that begins or ends with `min` or `max` is reduced with that, any other with the mean over the unmasked
-            tokens (or over the sequences whose value is not NaN) of all processes.
-            A pair is of one value a token and their weights in that mean.
+            Detached values, of shape `(batch, time)` for one value per token or `(batch,)` for one per sequence. If
+            its name begins or ends with `min` or `max`, a metric is reduced with that, else with the mean over the
+            unmasked tokens (or over the sequences whose value is not NaN) of all processes.
+            A pair holds one value per token and its weight in that mean.
     """
 
     loss: torch.Tensor
