@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from embedded.arithmetic_policy import PolicyRecipe
-from embedded.knights_and_knaves import COMPACT_CHARACTERS, Iff, IfThen, Roles, Splits, Statement, split_puzzles
+from embedded.knights_and_knaves import Splits, split_puzzles
+from embedded.statements import COMPACT_CHARACTERS, Iff, IfThen, Roles, Statement
 
 
 MAX_TOKENS = 28  # of a completion: four guesses, the answer and the end are 27

@@ -9,22 +9,15 @@ import pytest
 
 from embedded import knights_and_knaves
 from embedded.knights_and_knaves import (
-    COMPACT_CHARACTERS,
     INSTRUCTION,
-    And,
-    Iff,
-    IfThen,
-    Is,
-    Not,
-    Or,
     Puzzle,
     as_dataset,
     generate_puzzles,
     right_compact_roles,
     right_roles,
-    solutions,
     split_puzzles,
 )
+from embedded.statements import COMPACT_CHARACTERS, And, Iff, IfThen, Is, Not, Or, solutions
 
 
 A, B, C = (Is(person, True) for person in range(3))

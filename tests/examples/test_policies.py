@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedded import puzzle_policy
 from embedded.arithmetic_policy import Recipe, prepare_policy
-from embedded.knights_and_knaves import COMPACT_CHARACTERS, Iff, IfThen, Is, right_compact_roles
+from embedded.knights_and_knaves import right_compact_roles
 from embedded.puzzle_policy import MAX_TOKENS, STUDENT, PuzzleRecipe, embedded_puzzles
+from embedded.statements import COMPACT_CHARACTERS, Iff, IfThen, Is
 
 
 def weights(path):
