@@ -1,0 +1,53 @@
+"""DRPO: which trust region, and which radius, once rollouts are stale or come from a sampler of lower precision."""
+
+from typing import Any
+
+from studies.runs import Run, run
+
+
+# name -> (method, settings). DRPO's radius from where hardly anything may move to where the region never binds
+REGIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GRPO, clip 0.2": ("grpo", {"epsilon": 0.2}),
+    "GRPO, clip 0.2/0.28": ("grpo", {"epsilon": 0.2, "epsilon_high": 0.28}),
+    **{
+        f"DRPO, {radius:g}": ("drpo", {"trust_region": "drpo", "trust_region_radius": radius})
+        for radius in (0.02, 0.05, 0.15, 0.5, 2.5, 12.5)
+    },
+    "SPO, 0.2": ("drpo", {"trust_region": "spo", "trust_region_radius": 0.2}),
+    "DPPO-TV, 0.15": ("drpo", {"trust_region": "dppo_tv", "trust_region_radius": 0.15}),
+    "DPPO-KL, 0.05": ("drpo", {"trust_region": "dppo_kl", "trust_region_radius": 0.05}),
+    "none": ("drpo", {"trust_region": "drpo", "trust_region_radius": 1e6}),
+}
+# Where the sampler is another policy: TRL's corrections, its default and the token-level one
+CORRECTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "GRPO, sequence mask": ("grpo_corrected", {"epsilon": 0.2, "vllm_importance_sampling_mode": "sequence_mask"}),
+    "GRPO, token truncate": ("grpo_corrected", {"epsilon": 0.2, "vllm_importance_sampling_mode": "token_truncate"}),
+}
+
+
+def stale(name: str, updates: int, learning_rate: float = 1e-4, **others: Any) -> Run:
+    """4,096 rollouts. 1 update per batch of 64; or 4, 8, 16 on a batch of 256, in one, two or four passes."""
+    method, settings = REGIONS[name]
+    sizes = {"steps_per_generation": min(updates, 4), "num_iterations": max(updates // 4, 1)}
+    sizes["max_steps"] = 64 * sizes["num_iterations"]
+    settings = {**settings, **sizes, "learning_rate": learning_rate, "logging_steps": updates}
+    return run(method, settings, **{"final": False, "group": "staleness", **others})
+
+
+def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others: Any) -> Run:
+    """4,096 rollouts, 4 updates per batch of 256."""
+    method, settings = {**REGIONS, **CORRECTED}[name]
+    sizes = {"steps_per_generation": 4, "max_steps": 64, "logging_steps": 4, "learning_rate": learning_rate}
+    return run(method, {**settings, **sizes}, sampler=sampler, **{"final": False, "group": "precision", **others})
+
+
+FIRST = ["GRPO, clip 0.2", "DRPO, 0.15", "DRPO, 0.05", "DRPO, 12.5", "none"]
+SECOND = [name for name in REGIONS if name not in FIRST]
+STALENESS = [stale(name, 16) for name in [*FIRST, *SECOND]]
+PRECISION = [
+    low_precision(name, "4 bits", learning_rate)
+    for names in ([*FIRST, *CORRECTED], SECOND)
+    for learning_rate in (3e-4,)
+    for name in names
+]
+RUNS = [*STALENESS[:5], *PRECISION[:7], *STALENESS[5:], *PRECISION[7:]]
