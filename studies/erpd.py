@@ -45,14 +45,15 @@ def policy_gradient(method: str, phases: int, passes: int, **changes: Any) -> Ru
 
 SEARCH = [
     search(),
+    search(trust_region="drpo", trust_region_radius=0.5),
     search(signal="unlearned_reference", epsilon=1.0),
-    search(learning_rate=1e-4),
-    search(epsilon=1.0),
-    search(extraction_beta=0.1),
-    search(prompts_per_round=256, num_generations=8),
-    search(trust_region="drpo", trust_region_radius=0.15),
-    search(distillation_anchor="pass", epsilon=0.2),
-    search(extraction_loss="ce"),
+    search(epsilon=1.0, epsilon_high=2.0),
+    search(trust_region="drpo", trust_region_radius=0.5, extraction_learning_rate=1e-4),
+    search(trust_region="drpo", trust_region_radius=0.5, learning_rate=1e-4),
+    search(trust_region="drpo", trust_region_radius=0.5, extraction_beta=0.2),
+    search(trust_region="drpo", trust_region_radius=0.5, outcome_advantage_weight=0.5),
+    search(trust_region="drpo", trust_region_radius=0.5, signal="unlearned_reference"),
+    search(trust_region="drpo", trust_region_radius=0.5, extraction_loss="ce"),
 ]
 POLICY_GRADIENT = [
     policy_gradient("drpo", 8, 2),
@@ -60,4 +61,4 @@ POLICY_GRADIENT = [
     policy_gradient("grpo", 1, 8),
     policy_gradient("grpo", 8, 2),
 ]
-RUNS = [*SEARCH[:2], *POLICY_GRADIENT[:2], *SEARCH[2:], *POLICY_GRADIENT[2:]]
+RUNS = [*SEARCH[:3], *POLICY_GRADIENT[:2], *SEARCH[3:], *POLICY_GRADIENT[2:]]

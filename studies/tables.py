@@ -1,0 +1,93 @@
+"""From result lines to table rows: mean and range over the seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from report import markdown_table
+
+from studies.runs import RESULTS, Run, load_results
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of one run over its seeds."""
+
+    results: Sequence[dict[str, Any]]
+
+    def values(self, measure: str, split: str = "test") -> list[float]:
+        return [result[split][measure] for result in self.results]
+
+    def mean(self, measure: str, split: str = "test") -> float:
+        return statistics.fmean(self.values(measure, split))
+
+    def spread(self, measure: str, split: str = "test", digits: int = 3) -> str:
+        """Mean, and the least and the greatest where there are several seeds."""
+        values = self.values(measure, split)
+        text = f"{statistics.fmean(values):.{digits}f}"
+        return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    def spent(self, what: str) -> int:
+        return self.results[0][what]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.results)
+
+
+def without_seed(description: dict[str, Any]) -> str:
+    ignored = ("seed", "group", "curve_every", "final")
+    return json.dumps({k: v for k, v in description.items() if k not in ignored}, sort_keys=True)
+
+
+@cache
+def results_by_run(study: str, folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """One result per seed: where a run was made for the search and again for the report, the latter."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in load_results(study, folder):
+        of_run = runs.setdefault(without_seed(result["run"]), {})
+        if result["run"]["seed"] not in of_run or "test" in result:
+            of_run[result["run"]["seed"]] = result
+    return {key: [of_run[seed] for seed in sorted(of_run)] for key, of_run in runs.items()}
+
+
+def summary(study: str, run: Run, split: str = "test", folder: Path = RESULTS) -> Summary | None:
+    """Of those seeds that were measured on `split`; `None` where there is none."""
+    results = [
+        result for result in results_by_run(study, folder).get(without_seed(asdict(run)), []) if split in result
+    ]
+    return Summary(results) if results else None
+
+
+COLUMNS = {
+    "accuracy": ("accuracy, sampled", 3),
+    "accuracy_greedy": ("greedy", 3),
+    "kl_to_base": ("KL to base, nats per sequence", 2),
+    "kl_to_teacher": ("KL to teacher, nats per token", 3),
+    "entropy": ("entropy, nats per token", 3),
+}
+SPENT = {"rollouts": "rollouts", "sampling_phases": "sampling phases", "updates": "updates"}
+
+
+def table(
+    study: str,
+    rows: Mapping[str, Run],
+    split: str = "test",
+    measures: Sequence[str] = ("accuracy", "accuracy_greedy", "kl_to_base", "entropy"),
+    spent: Sequence[str] = (),
+    first: str = "run",
+) -> str:
+    """A line for each of `rows` of which there is a result."""
+    header = [first, *(SPENT[name] for name in spent), *(COLUMNS[name][0] for name in measures), "seeds"]
+    lines = []
+    for name, run in rows.items():
+        if found := summary(study, run, split):
+            cells = [found.spread(measure, split, COLUMNS[measure][1]) for measure in measures]
+            lines.append([name, *(f"{found.spent(what):,}" for what in spent), *cells, str(found.seeds)])
+    return markdown_table(header, lines)
