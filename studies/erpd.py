@@ -43,17 +43,25 @@ def policy_gradient(method: str, phases: int, passes: int, **changes: Any) -> Ru
     return run(method, settings, final=False, curve_every=every, group="policy gradient")
 
 
+FEW_LARGE = {  # updates of 256 rollouts, 8 in a pass; stage 1 in few passes with a larger learning rate
+    **LARGE_UPDATES,
+    "extraction_learning_rate": 2e-4,
+    "distillation_passes": 8,
+    "epsilon": 1.0,
+    "lr_scheduler_type": "linear",
+}
 SEARCH = [
+    search(**FEW_LARGE, signal="unlearned_reference"),
+    search(**FEW_LARGE),
+    search(**{**FEW_LARGE, "distillation_passes": 4, "learning_rate": 1e-4}, signal="unlearned_reference"),
+    search(**FEW_LARGE, signal="unlearned_teacher"),
+    search(**FEW_LARGE, signal="unlearned_reference", trust_region="drpo", trust_region_radius=0.5),
+    search(**FEW_LARGE, signal="unlearned_reference", extraction_loss="ce"),
+]
+SMALL = [
     search(),
     search(trust_region="drpo", trust_region_radius=0.5),
     search(signal="unlearned_reference", epsilon=1.0),
-    search(epsilon=1.0, epsilon_high=2.0),
-    search(trust_region="drpo", trust_region_radius=0.5, extraction_learning_rate=1e-4),
-    search(trust_region="drpo", trust_region_radius=0.5, learning_rate=1e-4),
-    search(trust_region="drpo", trust_region_radius=0.5, extraction_beta=0.2),
-    search(trust_region="drpo", trust_region_radius=0.5, outcome_advantage_weight=0.5),
-    search(trust_region="drpo", trust_region_radius=0.5, signal="unlearned_reference"),
-    search(trust_region="drpo", trust_region_radius=0.5, extraction_loss="ce"),
 ]
 POLICY_GRADIENT = [
     policy_gradient("drpo", 8, 2),
@@ -61,4 +69,4 @@ POLICY_GRADIENT = [
     policy_gradient("grpo", 1, 8),
     policy_gradient("grpo", 8, 2),
 ]
-RUNS = [*SEARCH[:3], *POLICY_GRADIENT[:2], *SEARCH[3:], *POLICY_GRADIENT[2:]]
+RUNS = [*SEARCH[:3], *POLICY_GRADIENT[:2], *SEARCH[3:], *POLICY_GRADIENT[2:], *SMALL]

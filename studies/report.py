@@ -15,9 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from report import load_pyplot
-
 import studies  # noqa: F401, the path of the examples
+from common.report import load_pyplot
 
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from report import markdown_table
-
+from common.report import markdown_table
 from studies.runs import RESULTS, Run, load_results
 
 
