@@ -43,7 +43,10 @@ def policy_gradient(method: str, phases: int, passes: int, **changes: Any) -> Ru
     return run(method, settings, final=False, curve_every=every, group="policy gradient")
 
 
-FEW_LARGE = {  # updates of 256 rollouts, 8 in a pass; stage 1 in few passes with a larger learning rate
+# A bound below 1 - epsilon for what the signal wants less likely, and more room above
+HIGHER = {"epsilon": 0.3, "epsilon_high": 1.0, "learning_rate": 3e-5}
+# Stage 1 in few passes with a larger learning rate
+HASTY = {
     **LARGE_UPDATES,
     "extraction_learning_rate": 2e-4,
     "distillation_passes": 8,
@@ -51,17 +54,17 @@ FEW_LARGE = {  # updates of 256 rollouts, 8 in a pass; stage 1 in few passes wit
     "lr_scheduler_type": "linear",
 }
 SEARCH = [
-    search(**FEW_LARGE, signal="unlearned_reference"),
-    search(**FEW_LARGE),
-    search(**{**FEW_LARGE, "distillation_passes": 4, "learning_rate": 1e-4}, signal="unlearned_reference"),
-    search(**FEW_LARGE, signal="unlearned_teacher"),
-    search(**FEW_LARGE, signal="unlearned_reference", trust_region="drpo", trust_region_radius=0.5),
-    search(**FEW_LARGE, signal="unlearned_reference", extraction_loss="ce"),
+    search(**HIGHER, signal="unlearned_reference"),
+    search(**HIGHER),
+    search(**HIGHER, signal="unlearned_teacher"),
+    search(**{**HIGHER, "learning_rate": 1e-5}, signal="unlearned_reference"),
+    search(**HIGHER, signal="unlearned_reference", extraction_loss="ce"),
 ]
 SMALL = [
     search(),
     search(trust_region="drpo", trust_region_radius=0.5),
     search(signal="unlearned_reference", epsilon=1.0),
+    search(**HASTY, signal="unlearned_reference"),
 ]
 POLICY_GRADIENT = [
     policy_gradient("drpo", 8, 2),
@@ -69,4 +72,4 @@ POLICY_GRADIENT = [
     policy_gradient("grpo", 1, 8),
     policy_gradient("grpo", 8, 2),
 ]
-RUNS = [*SEARCH[:3], *POLICY_GRADIENT[:2], *SEARCH[3:], *POLICY_GRADIENT[2:], *SMALL]
+RUNS = [*SEARCH, *POLICY_GRADIENT, *SMALL]
