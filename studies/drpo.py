@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from studies.pictures import dots
 from studies.runs import Run, run
+from studies.tables import table
 
 
 # name -> (method, settings). DRPO's radius from where hardly anything may move to where the region never binds
@@ -41,13 +43,31 @@ def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others
     return run(method, {**settings, **sizes}, sampler=sampler, **{"final": False, "group": "precision", **others})
 
 
-FIRST = ["GRPO, clip 0.2", "DRPO, 0.15", "DRPO, 0.05", "DRPO, 12.5", "none"]
+FIRST = ["GRPO, clip 0.2", "DRPO, 0.15", "none", "DRPO, 0.5", "DRPO, 12.5"]
 SECOND = [name for name in REGIONS if name not in FIRST]
 STALENESS = [stale(name, 16) for name in [*FIRST, *SECOND]]
-PRECISION = [
-    low_precision(name, "4 bits", learning_rate)
-    for names in ([*FIRST, *CORRECTED], SECOND)
-    for learning_rate in (3e-4,)
-    for name in names
-]
-RUNS = [*STALENESS[:5], *PRECISION[:7], *STALENESS[5:], *PRECISION[7:]]
+PRECISION = [low_precision(name, "4 bits") for name in [*FIRST, *CORRECTED, *SECOND]]
+TOO_FAST = [low_precision(name, "4 bits", 3e-4) for name in FIRST[:2]]
+RUNS = [*PRECISION[:3], *STALENESS[:5], *PRECISION[3:7], *STALENESS[5:], *PRECISION[7:], *TOO_FAST]
+
+
+def regions_table(split: str = "validation") -> str:
+    """Staleness and low precision, side by side would be too wide: one table each."""
+    return table("drpo", {name: stale(name, 16) for name in REGIONS}, split, first="region")
+
+
+def precision_table(split: str = "validation") -> str:
+    rows = {name: low_precision(name, "4 bits") for name in {**REGIONS, **CORRECTED}}
+    return table("drpo", rows, split, first="region")
+
+
+def picture(figure: Any) -> None:
+    left, right = figure.subplots(1, 2)
+    rows = {name: stale(name, 16) for name in REGIONS}
+    dots(left, "drpo", rows, "16 updates per rollout batch: accuracy", "accuracy", "validation")
+    rows = {name: low_precision(name, "4 bits") for name in {**REGIONS, **CORRECTED}}
+    dots(right, "drpo", rows, "rollouts from a 4-bit sampler: accuracy", "accuracy", "validation")
+
+
+TABLES = {"staleness": regions_table, "precision": precision_table}
+PICTURES = {"drpo.png": picture}

@@ -56,8 +56,9 @@ HASTY = {
 SEARCH = [
     search(**HIGHER, signal="unlearned_reference"),
     search(**HIGHER),
+    search(**{**HIGHER, "epsilon_high": 2.0}, distillation_passes=8, signal="unlearned_reference"),
+    search(**{**HIGHER, "epsilon": 0.5, "epsilon_high": 3.0}, signal="unlearned_reference"),
     search(**HIGHER, signal="unlearned_teacher"),
-    search(**{**HIGHER, "learning_rate": 1e-5}, signal="unlearned_reference"),
     search(**HIGHER, signal="unlearned_reference", extraction_loss="ce"),
 ]
 SMALL = [
