@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from studies.runs import Run, run
+from studies.runs import Run, run, with_seeds
 
 
 # Spelled out, whatever the trainer's defaults are. Updates of 64 rollouts: 32 in a pass over the set
@@ -53,13 +53,14 @@ HASTY = {
     "epsilon": 1.0,
     "lr_scheduler_type": "linear",
 }
+UNLEARNED = {**HIGHER, "signal": "unlearned_reference"}
 SEARCH = [
-    search(**HIGHER, signal="unlearned_reference"),
+    search(**UNLEARNED),
     search(**HIGHER),
-    search(**{**HIGHER, "epsilon_high": 2.0}, distillation_passes=8, signal="unlearned_reference"),
-    search(**{**HIGHER, "epsilon": 0.5, "epsilon_high": 3.0}, signal="unlearned_reference"),
-    search(**HIGHER, signal="unlearned_teacher"),
-    search(**HIGHER, signal="unlearned_reference", extraction_loss="ce"),
+    search(**{**UNLEARNED, "epsilon": 0.2, "epsilon_high": 0.5}),
+    search(**UNLEARNED, lr_scheduler_type="linear"),
+    search(**{**UNLEARNED, "extraction_loss": "ce"}),
+    search(**{**UNLEARNED, "epsilon_high": 2.0}, distillation_passes=8),
 ]
 SMALL = [
     search(),
@@ -73,4 +74,26 @@ POLICY_GRADIENT = [
     policy_gradient("grpo", 1, 8),
     policy_gradient("grpo", 8, 2),
 ]
-RUNS = [*SEARCH, *POLICY_GRADIENT, *SMALL]
+FINALISTS = {
+    "ERPD, unlearned reference": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
+    "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, "rounds": 3}, group="finalists"),
+}
+# From the same rollouts in one phase, and in eight
+BESIDE = {
+    f"{method.upper()}, {phases} phase{'s' * (phases > 1)}": run(
+        method, policy_gradient(method, phases, passes).stages[0].settings, group="finalists"
+    )
+    for phases, passes in ((8, 2), (1, 8))
+    for method in ("drpo", "grpo")
+}
+ROWS = {**FINALISTS, **BESIDE}
+RUNS = [
+    *SEARCH[:3],
+    *ROWS.values(),
+    *SEARCH[3:5],
+    *with_seeds([FINALISTS["ERPD, unlearned reference"], *list(BESIDE.values())[:2]], (1, 2)),
+    *with_seeds(ROWS.values(), (1, 2)),
+    *SEARCH[5:],
+    *POLICY_GRADIENT,
+    *SMALL,
+]
