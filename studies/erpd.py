@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from studies.pictures import frontier
 from studies.runs import Run, run, with_seeds
+from studies.tables import table
 
 
 # Spelled out, whatever the trainer's defaults are. Updates of 64 rollouts: 32 in a pass over the set
@@ -86,14 +88,62 @@ BESIDE = {
     for phases, passes in ((8, 2), (1, 8))
     for method in ("drpo", "grpo")
 }
+BASE = {"base policy": run("grpo", {"max_steps": 0}, group="finalists")}
 ROWS = {**FINALISTS, **BESIDE}
 RUNS = [
     *SEARCH[:3],
     *ROWS.values(),
     *SEARCH[3:5],
     *with_seeds([FINALISTS["ERPD, unlearned reference"], *list(BESIDE.values())[:2]], (1, 2)),
+    *BASE.values(),
     *with_seeds(ROWS.values(), (1, 2)),
     *SEARCH[5:],
     *POLICY_GRADIENT,
     *SMALL,
 ]
+
+
+def finalists() -> str:
+    spent = ("rollouts", "sampling_phases", "updates")
+    return table("erpd", {**BASE, **ROWS}, spent=spent)
+
+
+def wide_search() -> str:
+    """What was looked at, on the validation problems."""
+    rows = {describe(run): run for run in [*SEARCH, *SMALL]}
+    return table("erpd", rows, "validation", of_policies=("teacher_",), first="stage 1; signal; stage 2")
+
+
+def describe(run: Run) -> str:
+    s = {"lr_scheduler_type": "constant", "trust_region_radius": None, "epsilon_high": None, **run.stages[0].settings}
+    if s["trust_region"] == "ppo_clip":
+        region = f"clip {s['epsilon']:g}" + (f"/{s['epsilon_high']:g}" if s["epsilon_high"] else "")
+    else:
+        region = f"{s['trust_region']} {s['trust_region_radius']:g}"
+    schedule = "" if s["lr_scheduler_type"] == "constant" else f" {s['lr_scheduler_type']}"
+    size = s["per_device_train_batch_size"]
+    first = f"{s['extraction_loss']}, {s['extraction_passes']} passes at {s['extraction_learning_rate']:g}"
+    second = f"{region}, {s['distillation_passes']} passes at {s['learning_rate']:g}{schedule}"
+    return f"{first}; `{s['signal']}`; {second}; updates of {size}"
+
+
+def picture(figure: Any) -> None:
+    axis = figure.subplots(1, 1)
+    curves: dict[str, dict[str, Run]] = {
+        name: {
+            "base": BASE["base policy"],
+            "1 phase": BESIDE[f"{name}, 1 phase"],
+            "8 phases": BESIDE[f"{name}, 8 phases"],
+        }
+        for name in ("GRPO", "DRPO")
+    }
+    curves["ERPD"] = {
+        "base": BASE["base policy"],
+        "1 phase": FINALISTS["ERPD, unlearned reference"],
+        "3 rounds, 3 x 2,048 rollouts": FINALISTS["ERPD, three rounds"],
+    }
+    frontier(axis, "erpd", curves, "accuracy against divergence, 2,048 rollouts")
+
+
+TABLES = {"finalists": finalists, "search": wide_search}
+PICTURES = {"erpd.png": picture}

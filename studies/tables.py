@@ -35,6 +35,17 @@ class Summary:
     def spent(self, what: str) -> int:
         return self.results[0][what]
 
+    def between_the_stages(self, prefix: str) -> list[str]:
+        """Accuracy and KL of an ERPD policy of the last round."""
+        policies = [
+            [p for p in result["stages"][0]["policies"] if p["policy"].startswith(prefix)][-1:]
+            for result in self.results
+        ]
+        if not all(policies):
+            return ["", ""]
+        means = [statistics.fmean(p[-1][name] for p in policies) for name in ("reward", "kl_per_sequence")]
+        return [f"{means[0]:.3f}", f"{means[1]:.2f}"]
+
     @property
     def seeds(self) -> int:
         return len(self.results)
@@ -81,12 +92,18 @@ def table(
     measures: Sequence[str] = ("accuracy", "accuracy_greedy", "kl_to_base", "entropy"),
     spent: Sequence[str] = (),
     first: str = "run",
+    of_policies: Sequence[str] = (),
 ) -> str:
-    """A line for each of `rows` of which there is a result."""
-    header = [first, *(SPENT[name] for name in spent), *(COLUMNS[name][0] for name in measures), "seeds"]
+    """
+    A line for each of `rows` of which there is a result. `of_policies`: prefixes of policies between ERPD's stages,
+    whose own measures (on 400 validation problems, one completion each) come beside.
+    """
+    header = [first, *(SPENT[name] for name in spent), *(COLUMNS[name][0] for name in measures)]
+    header += [f"{prefix.rstrip('_')}: {what}" for prefix in of_policies for what in ("accuracy", "KL")] + ["seeds"]
     lines = []
     for name, run in rows.items():
         if found := summary(study, run, split):
             cells = [found.spread(measure, split, COLUMNS[measure][1]) for measure in measures]
+            cells += [cell for prefix in of_policies for cell in found.between_the_stages(prefix)]
             lines.append([name, *(f"{found.spent(what):,}" for what in spent), *cells, str(found.seeds)])
     return markdown_table(header, lines)
