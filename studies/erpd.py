@@ -60,8 +60,9 @@ SEARCH = [
     search(**UNLEARNED),
     search(**HIGHER),
     search(**{**UNLEARNED, "epsilon": 0.2, "epsilon_high": 0.5}),
-    search(**UNLEARNED, lr_scheduler_type="linear"),
+    search(**{**UNLEARNED, "extraction_beta": 0.2, "extraction_passes": 8}),
     search(**{**UNLEARNED, "extraction_loss": "ce"}),
+    search(**UNLEARNED, lr_scheduler_type="linear"),
     search(**{**UNLEARNED, "epsilon_high": 2.0}, distillation_passes=8),
 ]
 SMALL = [
@@ -91,13 +92,13 @@ BESIDE = {
 BASE = {"base policy": run("grpo", {"max_steps": 0}, group="finalists")}
 ROWS = {**FINALISTS, **BESIDE}
 RUNS = [
-    *SEARCH[:3],
+    *SEARCH[:4],
     *ROWS.values(),
-    *SEARCH[3:5],
+    *SEARCH[4:6],
     *with_seeds([FINALISTS["ERPD, unlearned reference"], *list(BESIDE.values())[:2]], (1, 2)),
     *BASE.values(),
     *with_seeds(ROWS.values(), (1, 2)),
-    *SEARCH[5:],
+    *SEARCH[6:],
     *POLICY_GRADIENT,
     *SMALL,
 ]

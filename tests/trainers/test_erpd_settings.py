@@ -120,7 +120,11 @@ def test_extraction_takes_its_settings_and_the_unlearned_policy_the_reverse(path
             lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.6, epsilon_high=0.6),
         ),
         (
-            {"distillation_epsilon": 0.1, "epsilon_high": 0.4},
+            {"distillation_epsilon": 0.1, "distillation_epsilon_high": 0.5},
+            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.5),
+        ),
+        (
+            {"distillation_epsilon": 0.1, "distillation_epsilon_high": 0.5, "epsilon_high": 0.4},
             lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4),
         ),
         (
@@ -128,7 +132,7 @@ def test_extraction_takes_its_settings_and_the_unlearned_policy_the_reverse(path
             lambda *tensors: drpo_loss(*tensors, radius=0.03),
         ),
     ],
-    ids=["ppo_clip", "own_epsilon", "both_epsilons", "drpo"],
+    ids=["ppo_clip", "own_epsilon", "own_epsilons", "both_epsilons", "drpo"],
 )
 def test_distillation_takes_its_trust_regions_settings(path, tmp_path, given, expected):
     trainer = make_trainer(path, tmp_path, **given)

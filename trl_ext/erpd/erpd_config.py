@@ -52,8 +52,9 @@ class ERPDConfig(GRPOConfig):
         distillation_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 2.
         distillation_epsilon (`float`, *optional*):
-            Clip range of stage 2 with `trust_region="ppo_clip"`, on both sides of ratio 1 unless `epsilon_high` is
-            set. `None`: `epsilon`, as in GRPO.
+            Clip range of stage 2 below ratio 1, with `trust_region="ppo_clip"`. `None`: `epsilon`, as in GRPO.
+        distillation_epsilon_high (`float`, *optional*):
+            The same above ratio 1; `epsilon_high`, where it is set, is used instead. `None`: as below.
         distillation_anchor (`str`, *optional*, defaults to `"base"`):
             What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
             start of each pass over the set, which costs a pass of scoring each.
@@ -122,7 +123,11 @@ class ERPDConfig(GRPOConfig):
     distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
     distillation_epsilon: float | None = field(
         default=None,
-        metadata={"help": "Clip range of stage 2 with trust_region='ppo_clip'. None: epsilon, as in GRPO."},
+        metadata={"help": "Clip range of stage 2 below ratio 1, with trust_region='ppo_clip'. None: epsilon."},
+    )
+    distillation_epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "The same above ratio 1; epsilon_high, where set, is used instead. None: as below."},
     )
     distillation_anchor: str = field(
         default="base",

@@ -117,6 +117,8 @@ class ERPDTrainer(PolicyLossTrainer):
         self._distillation_args = copy.copy(self.args)
         if self.args.distillation_epsilon is not None:
             self._distillation_args.epsilon = self.args.distillation_epsilon
+        if self.args.epsilon_high is None:
+            self._distillation_args.epsilon_high = self.args.distillation_epsilon_high
         update = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self._schedule = Schedule(phases_of(self.args), self._rollouts_per_round // update)
         self._host = TrainerHost(self, self._prompts_per_round)

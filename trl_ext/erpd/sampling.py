@@ -21,6 +21,7 @@ POLICY_SETTINGS = (
     "signal_clip",
     "outcome_advantage_weight",
     "distillation_epsilon",
+    "distillation_epsilon_high",
     "distillation_anchor",
     "trust_region",
     "trust_region_radius",
