@@ -13,7 +13,7 @@ from trl_ext.trust_regions import TRUST_REGIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)(?:\s+"([^"]*)")?\)')  # label, target, title
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 ROWS = [line for line in METHODS.splitlines() if line.startswith("| ") and "Config(" in line]
 
@@ -33,7 +33,7 @@ def defines(path, name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    for label, target in LINK.findall(text):
+    for label, target, title in LINK.findall(text):
         if "://" in target:
             continue
         name, _, anchor = target.partition("#")
@@ -44,6 +44,8 @@ def test_every_link_leads_somewhere(page):
         code = re.fullmatch(r"`(\w+)(\(\))?`", label)
         if path.suffix == ".py" and code:
             assert defines(path, code[1]), f"[{label}]({target})"
+        if path.suffix == ".py" and title:  # the test that the link is about
+            assert defines(path, title.partition("[")[0]), f"[{label}]({target} {title!r})"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
@@ -53,7 +55,7 @@ def test_every_method_names_a_setting_a_function_and_a_test(row, tmp_path):
     for config, name, value in settings:
         args = getattr(trl_ext, config)(**{name: value, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
         assert getattr(args, name) in (value, [value])
-    links = [(label.strip("`"), target) for label, target in LINK.findall(row) if "://" not in target]
+    links = [(label.strip("`"), target) for label, target, _ in LINK.findall(row) if "://" not in target]
     functions = [label for label, target in links if "/losses/" in target and "tests" not in target]
     tests = [label for label, target in links if "/tests/" in target]
     assert functions
