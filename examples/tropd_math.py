@@ -59,6 +59,7 @@ EMBEDDED_DEFAULTS = {
 METHODS: dict[str, dict[str, Any]] = {
     "tropd": {},
     "tropd_expected": {"trust_region": "expected"},
+    "tropd_forward_kl": {"outlier_loss": "forward_kl"},  # the paper's
     "tropd_clip": {"outlier_loss": "clip"},
     "tropd_mask": {"outlier_loss": "mask"},
     "opd": {"objective": "opd"},

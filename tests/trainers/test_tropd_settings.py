@@ -48,6 +48,8 @@ def direct(name, logps, batch, entropy, **settings):
     [
         ("tropd", {"outlier_loss": "clip", "outlier_clip_floor": -0.3}, {"outlier_loss": "clip", "clip_floor": -0.3}),
         ("tropd", {"outlier_loss": "mask"}, {"outlier_loss": "mask"}),
+        ("tropd", {"outlier_loss": "forward_kl"}, {"outlier_loss": "forward_kl"}),
+        ("tropd", {}, {"outlier_loss": "forward_kl_and_clip", "clip_floor": -1.0, "clip_coef": 1.0}),
         ("eopd", {"eopd_top_k": 3, "eopd_entropy_threshold": 3.3}, {"k": 3, "entropy_threshold": 3.3}),
         (
             "reopold",
@@ -171,9 +173,9 @@ def test_prompt_tuning_is_refused(tmp_path):
         ({"seq_kd": True}, "seq_kd=True"),
         ({"guidance_coef": 0.1}, "guidance_coef=0.1"),
         ({"eopd_top_k": 3}, "eopd_top_k=3"),
-        ({"outlier_clip_floor": -2.0}, "outlier_clip_floor=-2.0"),
+        ({"outlier_loss": "forward_kl", "outlier_clip_floor": -2.0}, "outlier_clip_floor=-2.0"),
         ({"outlier_loss": "mask", "outlier_clip_coef": 0.3}, "outlier_clip_coef=0.3"),
-        ({"outlier_loss": "forward_kl_and_clip", "outlier_clip_floor": -2.0, "outlier_clip_coef": 0.3}, None),
+        ({"outlier_clip_floor": -2.0, "outlier_clip_coef": 0.3}, None),
         ({"vllm_mode": "server"}, "vllm_mode='server'"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8"),
         ({}, None),

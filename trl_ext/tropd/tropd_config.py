@@ -32,9 +32,10 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
         trust_region (`str`, *optional*, defaults to `"sampled"`):
             For `"tropd"`. `"sampled"`: whether a token is trusted is drawn, as in the paper. `"expected"`: the
             probability takes the place of the draw, which has the same expectation and less variance.
-        outlier_loss (`str`, *optional*, defaults to `"forward_kl"`):
-            For `"tropd"`, the loss of outliers: `"forward_kl"` on the teacher's top-k, `"clip"` (a policy gradient
-            whose reward has a floor), `"forward_kl_and_clip"` (their sum, which is not in the paper) or `"mask"` (0).
+        outlier_loss (`str`, *optional*, defaults to `"forward_kl_and_clip"`):
+            For `"tropd"`, the loss of outliers: `"forward_kl"` on the teacher's top-k (the paper's), `"clip"` (a
+            policy gradient whose reward has a floor), `"forward_kl_and_clip"` (their sum, which is ours) or `"mask"`
+            (0).
         outlier_top_k (`int`, *optional*, defaults to `64`):
             Number of the teacher's most likely tokens in the forward KL divergence.
         outlier_clip_floor (`float`, *optional*, defaults to `-1.0`):
@@ -100,10 +101,10 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
         },
     )
     outlier_loss: str = field(
-        default="forward_kl",
+        default="forward_kl_and_clip",
         metadata={
-            "help": "Loss of outliers: 'forward_kl' on the teacher's top-k, 'clip' (a policy gradient whose reward "
-            "has a floor), 'forward_kl_and_clip' (their sum) or 'mask' (0).",
+            "help": "Loss of outliers: 'forward_kl' on the teacher's top-k (the paper's), 'clip' (a policy gradient "
+            "whose reward has a floor), 'forward_kl_and_clip' (their sum) or 'mask' (0).",
             "choices": list(CHOICES["outlier_loss"]),
         },
     )
