@@ -15,7 +15,7 @@ from common.training import Task
 from embedded.arithmetic import compare_with_base, split_problems
 
 
-# GRPO's, chosen by a small search like ERPD's own. An update has 64 rollouts
+# GRPO's settings, those of drpo_math.py; an update has 64 rollouts
 GRPO_LEARNING_RATE = 5e-5
 GRPO_UPDATE = 64
 GRPO_PASSES = 2  # over the rollouts of a phase
