@@ -221,11 +221,16 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         """The micro-batch to train on: by default a part of a rollout batch, which TRL makes and keeps."""
         return super()._prepare_inputs(inputs)
 
-    def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def finish_rollouts(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Adds to a rollout batch what `policy_loss` needs: batch-first tensors, which TRL shuffles and splits with it.
+        `rows` are the dataset's, one per completion.
         """
         return batch
+
+    def tokenize_prompts(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of prompts, text or messages, as those of the dataset's `prompt` column are made."""
+        return self._tokenize_prompts(prompts)[0]
 
     def roll_out(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """This process's completions of `rows`, scored and rewarded as TRL does it."""
@@ -356,7 +361,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         return self.training_inputs(inputs) if self.model.training else super()._prepare_inputs(inputs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.finish_rollouts(super()._generate_and_score_completions(inputs))
+        return self.finish_rollouts(super()._generate_and_score_completions(inputs), inputs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:

@@ -133,7 +133,7 @@ def test_rollouts_of_an_earlier_run_in_the_same_folder_are_not_used(path, tmp_pa
 
 def test_a_batch_that_cannot_be_written_does_not_stop_the_run(path, tmp_path, caplog):
     class Scribbler(DRPOTrainer):
-        def finish_rollouts(self, batch):
+        def finish_rollouts(self, batch, rows):
             return {**batch, "notes": [torch.zeros(1)] * len(batch["prompt_ids"])}
 
     args = DRPOConfig(**tiny.grpo_settings(tmp_path, save_strategy="steps", save_steps=1))

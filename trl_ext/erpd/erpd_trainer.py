@@ -263,7 +263,7 @@ class ERPDTrainer(PolicyLossTrainer):
 
     # ---- rollouts
 
-    def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def finish_rollouts(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         self._samples_to_log = True
         return batch
 

@@ -36,14 +36,15 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
     ([2506.02208](https://huggingface.co/papers/2506.02208)): GRPO plus a penalty on the distance to the teacher.
 
     The teacher scores the student's completions once a rollout batch; only the sampled tokens' log-probabilities are
-    needed. Takes the arguments of [`~trl.GRPOTrainer`], in the same order, and `teacher_model`; `args` may be a plain
+    needed. Where the dataset has a `teacher_prompt` column, it scores them after that prompt instead of the student's.
+    Takes the arguments of [`~trl.GRPOTrainer`], in the same order, and `teacher_model`; `args` may be a plain
     [`~trl.GRPOConfig`].
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             A hub name or path, a loaded model, the name of an adapter that the student (a [`~peft.PeftModel`]) holds
-            beside its own, or the URL of a vLLM server. Without it, `args.teacher_model_name_or_path` or
-            `args.teacher_model_server_url`.
+            beside its own, `"base"` for the student without its adapter, or the URL of a vLLM server. Without it,
+            `args.teacher_model_name_or_path` or `args.teacher_model_server_url`.
 
     Example:
 
@@ -153,13 +154,26 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         progress = self.state.global_step / max(self.state.max_steps - 1, 1)
         return start + (end - start) * min(progress, 1.0)
 
-    def finish_rollouts(self, batch: dict[str, Any]) -> dict[str, Any]:
-        logps = self.teacher.sampled_logps(batch, self.score_completions)
+    def finish_rollouts(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        seen = self.teacher_batch(batch, self._teacher_prompts(rows))
+        logps = self.teacher.sampled_logps(seen, self.score_completions)
         self.stop_at_nan([(logps, batch["completion_mask"])])
         batch["teacher_per_token_logps"] = self.without_foreign_ends(logps, batch["completion_ids"])
         if DISTILLATIONS[self.args.distillation].penalty:
             batch["distilled"] = self._distilled(len(logps)).to(logps)
         return batch
+
+    def _teacher_prompts(self, rows: list[dict[str, Any]]) -> list[list[int]] | None:
+        """Token ids of the rows' teacher prompts, which are the student's where a row has none."""
+        prompts = [row.get("teacher_prompt") for row in rows]
+        if not any(prompts):
+            return None
+        prompts = [prompt or row["prompt"] for prompt, row in zip(prompts, rows, strict=True)]
+        return [self.tokenize_prompts([prompt])[0] for prompt in prompts]  # they may be text or messages, each
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: list[str] = [*dict.fromkeys([*self._signature_columns, "teacher_prompt"])]
 
     def _run_identity(self) -> dict[str, Any]:
         args = self.args

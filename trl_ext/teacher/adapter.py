@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -14,32 +15,39 @@ from trl_ext.teacher.model import ModelTeacher
 
 class AdapterTeacher(ModelTeacher):
     """
-    An adapter on the student's own base model: no second copy of that in memory.
+    An adapter on the student's own base model, or that model without any: no second copy of it in memory.
 
     Args:
         student ([`~peft.PeftModel`]):
             The student, with the teacher's adapter loaded beside its own.
-        adapter_name (`str`):
-            Name of the teacher's adapter.
+        adapter_name (`str` or `None`):
+            Name of the teacher's adapter; `None` for the base model.
     """
 
-    def __init__(self, student: Any, adapter_name: str) -> None:
-        if adapter_name in student.active_adapters:
+    def __init__(self, student: Any, adapter_name: str | None) -> None:
+        if adapter_name is not None and adapter_name in student.active_adapters:
             raise ValueError(
                 f"The adapter {adapter_name!r} cannot be the teacher, because it is the one that is trained: activate "
                 "the student's with model.set_adapter(), or name another adapter as the teacher."
             )
-        self.name, self.adapter_name = adapter_name, adapter_name
+        self.name, self.adapter_name = adapter_name or "base", adapter_name
         self._redirect = _ForwardRedirection()
 
     def tokenizer(self) -> None:
         return None  # it is the student's model
 
     def prepare(self, trainer: Any) -> None:
+        if not is_peft_model(trainer.model):
+            raise ValueError(
+                "teacher_model='base' is the student without its adapter, but this student has none: pass "
+                "peft_config, or another teacher."
+            )
         self.trainer, self.accelerator, self.temperature = trainer, trainer.accelerator, trainer.args.temperature
-        self.vocab_size = trainer.model.config.get_text_config().vocab_size
+        config = trainer.model.config.get_text_config()
+        self.vocab_size, self.max_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
         self.checkpointing = trainer.args.gradient_checkpointing_kwargs
-        trainer.model.set_requires_grad(self.adapter_name, requires_grad=False)
+        if self.adapter_name is not None:
+            trainer.model.set_requires_grad(self.adapter_name, requires_grad=False)
 
     @property
     def model(self) -> Any:
@@ -63,6 +71,9 @@ class AdapterTeacher(ModelTeacher):
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
+        if self.adapter_name is None:
+            yield
+            return
         model = self.accelerator.unwrap_model(self.model)
         kept = [name for name in model.peft_config if name != self.adapter_name]
         model.save_pretrained = partial(model.save_pretrained, selected_adapters=kept)

@@ -28,10 +28,13 @@ class Teacher(ABC):
             Whether `sampled_logps` never holds NaN.
         is_local (`bool`):
             Whether it is a model in this process, which can sample and whose entropies are known.
+        max_length (`int` or `None`):
+            The most tokens of prompt and completion together that it was made for; `None` where that is not known.
     """
 
     name: str
     eos_token_ids: set[int] | None = None
+    max_length: int | None = None
     scores_every_token = True
     is_local = True
 

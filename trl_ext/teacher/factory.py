@@ -19,8 +19,8 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
 
     Args:
         teacher (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] or `None`):
-            A loaded model, a hub name or path, the name of an adapter of the student, or a URL. `None`: what `args`
-            name.
+            A loaded model, a hub name or path, the name of an adapter of the student, `"base"` for the student
+            without its adapter, or a URL. `None`: what `args` name.
         student (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model that is trained.
         args ([`~trl.GRPOConfig`] with [`TeacherSettings`]):
@@ -65,6 +65,8 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
         return ServerTeacher(teacher, args.teacher_model_name_or_path, args.teacher_server_timeout)
     if not isinstance(student, str) and is_peft_model(student) and teacher in student.peft_config:
         return AdapterTeacher(student, teacher)
+    if teacher == "base":
+        return AdapterTeacher(student, None)
     adapters = ", ".join(map(repr, getattr(student, "peft_config", ())))
     return ModelTeacher(
         teacher, init_kwargs, f", the name of one of the student's adapters ({adapters})" * bool(adapters)

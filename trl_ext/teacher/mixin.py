@@ -4,10 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, pad
 
 from trl_ext.teacher.base import Teacher
+
+
+logger = get_logger(__name__)
 
 
 class TeacherMixin:
@@ -39,6 +43,33 @@ class TeacherMixin:
         """Loads and wraps the teacher. `eos_token_ids` end the student's completions."""
         self.teacher.prepare(self)
         self._foreign_ends = self.teacher.foreign_ends(eos_token_ids)
+
+    def teacher_batch(self, batch: dict[str, Any], prompts: list[list[int]] | None) -> dict[str, Any]:
+        """
+        A rollout batch as the teacher sees it: after `prompts`, token ids of its own, where there are any. They are
+        padded on the left by themselves.
+        """
+        if prompts is None:
+            return batch
+        if "pixel_values" in batch:
+            raise ValueError(
+                "A teacher_prompt cannot be used with prompts that have images, whose places in it would be unknown: "
+                "remove the column, or the images."
+            )
+        if not all(prompts):
+            raise ValueError("A row's teacher_prompt has no tokens: fill it, or set it to None for the prompt itself.")
+        device, length = batch["prompt_ids"].device, max(map(len, prompts)) + batch["completion_ids"].shape[1]
+        if self.teacher.max_length is not None and length > self.teacher.max_length:
+            logger.warning_once(
+                f"A teacher_prompt and its completion have up to {length} tokens, but the teacher {self.teacher.name} "
+                f"was made for {self.teacher.max_length}: shorten the column teacher_prompt."
+            )
+        # Whatever pads is masked: 0 is a token of every vocabulary
+        ids, mask = (
+            pad([torch.tensor(row, device=device) for row in rows], padding_value=0, padding_side="left")
+            for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
+        )
+        return {**batch, "prompt_ids": ids, "prompt_mask": mask}
 
     def without_foreign_ends(self, logps: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """

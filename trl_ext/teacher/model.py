@@ -54,7 +54,7 @@ class ModelTeacher(Teacher):
         self.init_kwargs = {"dtype": "auto", "trust_remote_code": False, **init_kwargs}
         self.source = model
         self.alternatives = alternatives
-        self.name = model if isinstance(model, str) else get_config_model_id(model.config) or "the teacher model"
+        self.name = model if isinstance(model, str) else get_config_model_id(model.config) or type(model).__name__
         self.model: Any = None  # prepared
         self._redirect = _ForwardRedirection()
         if not isinstance(model, str):
@@ -145,6 +145,7 @@ class ModelTeacher(Teacher):
                 f"The teacher {self.name} has an adapter on its LM head or a learned prompt, which scoring would "
                 "ignore: merge it with model.merge_and_unload(), or serve it with vLLM."
             )
+        self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         student_size = len(text_tokenizer(trainer.processing_class))
         teacher_size = model.config.get_text_config().vocab_size
         if teacher_size < student_size:

@@ -28,6 +28,9 @@ class PromptCollator:
     chat template. Prompt and completion are tokenized separately, because completions are sampled after a prompt that
     was tokenized alone: no token lies across their border.
 
+    A `teacher_prompt` (text or messages) is what the teacher sees in place of the prompt. The batch then has
+    `teacher_prompts` and `teacher_prompt_attention_mask`, which are never cut.
+
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.
@@ -44,13 +47,25 @@ class PromptCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [self._cut(*self._tokens(row)) for row in rows]
-        return {
+        batch = {
             "prompts": self._pad([prompt for prompt, _ in pairs], self.tokenizer.pad_token_id),
             "prompt_attention_mask": self._pad([[1] * len(prompt) for prompt, _ in pairs], 0),
             "input_ids": self._pad([prompt + completion for prompt, completion in pairs], self.tokenizer.pad_token_id),
             "attention_mask": self._pad([[1] * len(prompt + completion) for prompt, completion in pairs], 0),
             "labels": self._pad([[IGNORED] * len(prompt) + completion for prompt, completion in pairs], IGNORED),
         }
+        if any(row.get("teacher_prompt") for row in rows):
+            prompts = [self._teacher_prompt(row) or prompt for row, (prompt, _) in zip(rows, pairs, strict=True)]
+            batch["teacher_prompts"] = self._pad(prompts, self.tokenizer.pad_token_id)
+            batch["teacher_prompt_attention_mask"] = self._pad([[1] * len(prompt) for prompt in prompts], 0)
+        return batch
+
+    def _teacher_prompt(self, row: dict[str, Any]) -> list[int] | None:
+        prompt = row.get("teacher_prompt")
+        if not prompt:
+            return None
+        others = {name: value for name, value in row.items() if name in ("tools", "chat_template_kwargs")}
+        return self._tokens({"prompt": prompt, **others})[0]
 
     def _tokens(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         prompt, completion = split_row(row)
@@ -135,6 +150,14 @@ def unpad(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     rows = zip(prompts, masks, ids, labels, strict=True)
     return [(prompt[mask].tolist(), row[label != IGNORED].tolist()) for prompt, mask, row, label in rows]
+
+
+def unpad_teacher_prompts(batch: dict[str, torch.Tensor]) -> list[list[int]] | None:
+    """The token ids of what the teacher sees in place of the prompts; `None` where that is the prompts."""
+    if "teacher_prompts" not in batch:
+        return None
+    prompts, masks = batch["teacher_prompts"].cpu(), batch["teacher_prompt_attention_mask"].cpu().bool()
+    return [prompt[mask].tolist() for prompt, mask in zip(prompts, masks, strict=True)]
 
 
 def check_columns(trainer: str, dataset: Any, name: str, needs_completions: str | None) -> None:

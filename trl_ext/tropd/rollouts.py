@@ -31,7 +31,12 @@ class Rollout:
     off_policy: bool = False
 
 
-def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: torch.Generator) -> list[Rollout]:
+def roll_out(
+    trainer: Any,
+    rows: list[tuple[list[int], list[int]]],
+    teacher_prompts: list[list[int]],
+    generator: torch.Generator,
+) -> list[Rollout]:
     """
     Samples a completion for each row, or takes the one of the dataset.
 
@@ -42,6 +47,8 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
             For its settings and its sampler.
         rows (`list[tuple[list[int], list[int]]]`):
             Prompts, and the dataset's completions (empty where there is none).
+        teacher_prompts (`list[list[int]]`):
+            What the teacher continues, where it samples.
         generator (`torch.Generator`):
             Of all draws but those of the models.
     """
@@ -53,7 +60,7 @@ def roll_out(trainer: Any, rows: list[tuple[list[int], list[int]]], generator: t
     written = [completion for _, completion in rows]
     if (lmbda < 1 and args.seq_kd) or (longest and args.guidance == "teacher"):
         length = args.max_new_tokens if lmbda < 1 and args.seq_kd else min(longest, args.max_new_tokens)
-        sampled = sampler.from_teacher([prompt for prompt, _ in rows], length)
+        sampled = sampler.from_teacher(teacher_prompts, length)
         if args.seq_kd:
             written = [theirs if off else own for off, theirs, own in zip(off_policy, sampled, written, strict=True)]
         if args.guidance == "teacher":

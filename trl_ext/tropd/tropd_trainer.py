@@ -3,6 +3,7 @@
 import random
 import textwrap
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from trl_ext.random_state import isolated_rng
 from trl_ext.teacher import TeacherMixin, make_teacher, text_tokenizer
 from trl_ext.tropd.checks import check_datasets, check_served_teacher, check_tropd_args, warning_of_unused_settings
 from trl_ext.tropd.objective import completion_loss, objective_of, own_mask, teacher_top_k
-from trl_ext.tropd.prompts import PromptCollator, unpad
+from trl_ext.tropd.prompts import PromptCollator, unpad, unpad_teacher_prompts
 from trl_ext.tropd.rollouts import collate, roll_out, rollout_metrics
 from trl_ext.tropd.sampling import RolloutSampler
 from trl_ext.tropd.student import student_scores
@@ -68,8 +69,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             A hub name or path, a loaded model, the name of an adapter that the student (a [`~peft.PeftModel`]) holds
-            beside its own, or the URL of a vLLM server. Without it, `args.teacher_model_name_or_path` or
-            `args.teacher_model_server_url`.
+            beside its own, `"base"` for the student without its adapter, or the URL of a vLLM server. Without it,
+            `args.teacher_model_name_or_path` or `args.teacher_model_server_url`.
 
     Example:
 
@@ -222,13 +223,17 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self._eval_batches = 0 if self.model.training else self._eval_batches + 1
         generator = torch.Generator().manual_seed(self.rollout_seed(self.accelerator.process_index))
         rows = [unpad(batch) for batch in batches]
+        teacher_prompts = [unpad_teacher_prompts(batch) for batch in batches]
+        pairs = zip(rows, teacher_prompts, strict=True)
+        seen_by_teacher = [prompts or [prompt for prompt, _ in batch] for batch, prompts in pairs]
         with isolated_rng(self.accelerator, int(torch.randint(2**62, (), generator=generator))):
-            rollouts = iter(roll_out(self, [row for batch in rows for row in batch], generator))
+            rollouts = iter(roll_out(self, [*chain(*rows)], [*chain(*seen_by_teacher)], generator))
         made, scored = [], []
-        for batch in rows:
+        for batch, prompts in zip(rows, teacher_prompts, strict=True):
             micro_batch = collate([next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator)
             micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-            scores = self.teacher.next_tokens(micro_batch, max(self._top_k, 1), len(batch), self._vocab_size)
+            seen = self.teacher_batch(micro_batch, prompts)
+            scores = self.teacher.next_tokens(seen, max(self._top_k, 1), len(batch), self._vocab_size)
             micro_batch["teacher_logps"] = self.without_foreign_ends(scores.logps, micro_batch["completion_ids"])
             if scores.entropy is not None:
                 micro_batch["teacher_entropy"] = scores.entropy
