@@ -143,6 +143,14 @@ def test_scores_and_top_k_of_unequal_completions(path, tmp_path, server):
     assert scores.entropy is None
 
 
+def test_the_server_is_sent_the_teachers_own_prompt(path, tmp_path, server):
+    trainer = make_trainer(path, tmp_path, server)
+    trainer.train_dataset = trainer.train_dataset.add_column("teacher_prompt", [f"hint {i}" for i in range(32)])
+    rollout_batch(trainer)
+    hints = tiny.tokenizer()(["hint 0"] * 4 + ["hint 1"] * 4)["input_ids"]
+    assert [ids[:6] for ids in server.requests[0]["prompt"]] == hints
+
+
 def test_training_asks_once_a_rollout_batch(path, tmp_path, server):
     trainer = make_trainer(path, tmp_path, server)
     trainer.train()
