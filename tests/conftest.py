@@ -29,6 +29,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     test that is being worked on runs in this process.
     """
     option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:  # some versions of xdist call this in workers, which must start no others
+        return
     whole_suite = config.args_source is config.ArgsSource.TESTPATHS
     if not (whole_suite and config.pluginmanager.hasplugin("xdist")) or option.usepdb or option.collectonly:
         return
