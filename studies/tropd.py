@@ -11,7 +11,9 @@ TrOPD's outlier losses and trust regions, its baselines and GKD, on three pairs 
 from collections.abc import Iterable
 from typing import Any
 
+from studies.pictures import dots
 from studies.runs import Run, run
+from studies.tables import table
 
 
 PAIRS: dict[str, dict[str, Any]] = {
@@ -69,19 +71,83 @@ SEARCH = [
     ),
     *runs([both(-1.0, 0.3), gkd(0.5)], ("reliable",), **SHORT),
 ]
-FINALISTS = [both(-1.0, 1.0), both(-2.0, 1.0), FORWARD_KL, OPD, gkd(0.5)]
+BOTH, BOTH_LOWER = both(-1.0, 1.0), both(-2.0, 1.0)
+FINALISTS = [BOTH, BOTH_LOWER, FORWARD_KL, OPD, gkd(0.5)]
 OTHERS = [
     both(-1.0, 1.0, trust_region="expected"),
+    both(-1.0, 2.0),
     both(-1.0, 0.3),
     outliers("clip", -1.0),
     outliers("clip", -5.0),
     objective("eopd"),
     objective("reopold"),
 ]
+BASE: Method = "tropd", {"objective": "opd"}  # 0 updates
+NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
     *SEARCH,
+    *runs([BASE], PAIRS, NO_UPDATES, group="base"),
     *runs(FINALISTS, PAIRS, group="finalists"),
     *runs(OTHERS, ("reliable", "otherwise"), group="others"),
     *runs(FINALISTS, PAIRS, seed=1, group="finalists"),
     *runs(FINALISTS, PAIRS, seed=2, group="finalists"),
 ]
+
+NAMES: list[tuple[str, Method]] = [
+    ("TrOPD, forward KL and clip at -1", BOTH),
+    ("TrOPD, forward KL and clip at -2", BOTH_LOWER),
+    ("TrOPD, forward KL and 2 x clip at -1", OTHERS[1]),
+    ("TrOPD, forward KL and 0.3 x clip at -1", OTHERS[2]),
+    ("TrOPD, forward KL and clip at -1, expected region", OTHERS[0]),
+    ("TrOPD, forward KL (the paper's)", FORWARD_KL),
+    ("TrOPD, clip at -1", OTHERS[3]),
+    ("TrOPD, clip at -5", OTHERS[4]),
+    ("OPD", OPD),
+    ("EOPD", OTHERS[5]),
+    ("REOPOLD", OTHERS[6]),
+    ("GKD, JSD (whole vocabulary)", gkd(0.5)),
+]
+MEASURES = ("accuracy", "accuracy_greedy", "kl_to_teacher")
+
+
+def rows_of(pair: str) -> dict[str, Run]:
+    before = {"before": runs([BASE], (pair,), NO_UPDATES)[0]}
+    return before | {name: runs([method], (pair,))[0] for name, method in NAMES}
+
+
+def results_on(pair: str) -> str:
+    return table("tropd", rows_of(pair), measures=MEASURES, first="method")
+
+
+def search() -> str:
+    """On the validation problems."""
+    methods = [
+        ("forward KL and clip at -1", BOTH),
+        ("forward KL and clip at -2", BOTH_LOWER),
+        ("forward KL and clip at -3", both(-3.0, 1.0)),
+        ("forward KL and 0.3 x clip at -2", both(-2.0, 0.3)),
+        ("forward KL", FORWARD_KL),
+        ("OPD", OPD),
+    ]
+    rows = {
+        f"`{pair}`: {name}": runs([method], (pair,), FEWER_UPDATES)[0]
+        for pair in FEWER_UPDATES
+        for name, method in methods
+    }
+    return table("tropd", rows, "validation", MEASURES, first="pair: method")
+
+
+def picture(figure: Any) -> None:
+    axes = figure.subplots(1, len(PAIRS))
+    for axis, pair in zip(axes, PAIRS, strict=True):
+        rows = {name: run for name, run in rows_of(pair).items() if "x clip" not in name}
+        dots(axis, "tropd", rows, f"`{pair}`: accuracy, sampled", "accuracy")
+
+
+TABLES = {
+    "reliable": lambda: results_on("reliable"),
+    "partly": lambda: results_on("partly"),
+    "otherwise": lambda: results_on("otherwise"),
+    "search": search,
+}
+PICTURES = {"tropd.png": picture}
