@@ -138,10 +138,15 @@ def search() -> str:
 
 
 def picture(figure: Any) -> None:
+    figure.suptitle("accuracy, sampled", fontsize=10)
     axes = figure.subplots(1, len(PAIRS))
     for axis, pair in zip(axes, PAIRS, strict=True):
-        rows = {name: run for name, run in rows_of(pair).items() if "x clip" not in name}
-        dots(axis, "tropd", rows, f"`{pair}`: accuracy, sampled", "accuracy")
+        rows = {
+            name.replace("forward KL and clip", "both").replace(", expected region", ", expected").split(" (")[0]: run
+            for name, run in rows_of(pair).items()
+            if "x clip" not in name
+        }
+        dots(axis, "tropd", rows, pair, "accuracy")
 
 
 TABLES = {
