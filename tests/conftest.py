@@ -28,6 +28,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     The whole suite takes one worker per core, at most 8. Named tests, `--pdb` and `-n` are left as they are, so that a
     test that is being worked on runs in this process.
     """
+    if hasattr(config, "workerinput"):
+        return  # a worker, which comes by here too, must not start workers of its own
     option = config.option
     if "PYTEST_XDIST_WORKER" in os.environ:  # some versions of xdist call this in workers, which must start no others
         return

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,15 @@ def serve(path: str, *flags: str, **environment: str) -> Iterator[str]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), *flags]
     with open(Path(path) / "server.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+        environment = {**os.environ, **environment}
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         url = f"http://127.0.0.1:{port}"
         try:
             wait_for(url, server, Path(log.name))
             yield url
         finally:
-            server.terminate()
+            with suppress(ProcessLookupError):  # with its engine, which outlives a server that is told to end
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait(60)
 
 
