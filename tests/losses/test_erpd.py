@@ -121,11 +121,15 @@ def test_regression_by_hand():
     torch.testing.assert_close(logps.grad, column([-0.7, -0.7], [0.5, 0.0]))
 
 
-LOSSES = {
-    "sapo": lambda logps, base, targets, mask: sapo_loss(logps, base, targets[:, None], mask),
-    "ce": lambda logps, base, targets, mask: reward_cross_entropy_loss(logps, base, (targets > 0).double(), mask),
-    "mse": reward_regression_loss,
-}
+def sapo(logps, base_logps, targets, mask):
+    return sapo_loss(logps, base_logps, targets[:, None], mask)
+
+
+def cross_entropy(logps, base_logps, targets, mask):
+    return reward_cross_entropy_loss(logps, base_logps, (targets > 0).double(), mask)
+
+
+LOSSES = {"sapo": sapo, "ce": cross_entropy, "mse": reward_regression_loss}
 
 
 @pytest.mark.parametrize("loss_function", LOSSES.values(), ids=LOSSES)

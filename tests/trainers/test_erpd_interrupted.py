@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,6 @@ from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
 
 from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.growing_set import GrowingSet
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
 
 
 class RewardThatFails:
@@ -160,7 +156,8 @@ def test_nothing_to_resume(path, tmp_path):
 def main():
     torch.set_num_threads(1)
     path, output_dir = sys.argv[1:]
-    train(path, output_dir, RewardThatFails(fails_in=2, failure=lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+    train(path, output_dir, RewardThatFails(fails_in=2, failure=kill))
 
 
 if __name__ == "__main__":

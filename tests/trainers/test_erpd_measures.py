@@ -8,16 +8,12 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from tiny_erpd import right_or_wrong
+from tiny_erpd import assert_equal, parameters, right_or_wrong
+from tiny_erpd_runs import Recorder, make_run, naive_logps, with_key
 from tiny_erpd_trainer import hand_made_batch, make_trainer
 
 from trl_ext.erpd.fixed_set import FixedSet
 from trl_ext.erpd.measures import measure_samples, own_samples, sampling_seed
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
 
 
 def with_dropout(path, tmp_path, **arguments):
@@ -156,3 +152,105 @@ def test_an_engine_learns_of_the_restored_base(path, tmp_path, monkeypatch):
     trainer.train()
     assert any(not torch.equal(p, q) for p, q in zip(weights["measured"], base, strict=True))
     assert all(torch.equal(p, q) for p, q in zip(weights["restored"], base, strict=True))
+
+
+# ---- whole runs
+
+
+def test_measures_on_held_out_prompts(path, tmp_path):
+    eval_dataset = tiny.prompts(8)
+    trainer = make_run(
+        path,
+        tmp_path,
+        eval_dataset=eval_dataset,
+        per_device_eval_batch_size=8,
+        temperature=0.8,
+        num_generations_eval=2,
+    )
+    trainer.train()
+    base, teacher, distilled = (with_key(trainer, f"{n}/reward")[0] for n in ("base", "teacher_ce", "distilled"))
+    assert "base/kl_per_sequence" not in base  # which could only be 0
+    assert [log["step"] for log in (base, teacher, distilled)] == [0, 8, 16]
+    for name, log in (("teacher_ce", teacher), ("distilled", distilled)):
+        assert 0 <= log[f"{name}/reward"] <= 1
+        assert log[f"{name}/kl_per_sequence"] > log[f"{name}/kl_per_token"] > 0
+    assert not any(name.startswith("eval_") for log in trainer.state.log_history for name in log)
+
+
+def test_divergence_and_entropy_are_those_of_full_distributions(path, tmp_path, monkeypatch):
+    """On own samples of the policy, the base's log-probabilities with the base's weights, and back again."""
+    from trl_ext.erpd import stages
+
+    seen, original = [], stages.own_samples
+
+    def watched(host):
+        seen.append(original(host))
+        return seen[-1]
+
+    monkeypatch.setattr(stages, "own_samples", watched)
+    trainer = make_run(path, tmp_path, eval_dataset=tiny.prompts(8), per_device_eval_batch_size=8)
+    start = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    trainer.train()
+    final = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    sums = {"kl": 0.0, "entropy": 0.0, "tokens": 0, "sequences": 0, "reward": 0.0}
+    for sample in seen[-1]:
+        mask, results = sample["completion_mask"].bool(), []
+        for weights in (final, start):
+            trainer.model.load_state_dict(weights)
+            with torch.no_grad():
+                results.append(naive_logps(trainer.model.eval(), sample))
+        assert torch.allclose(results[0][mask], sample["logps"][mask], atol=1e-4)  # the distilled policy's samples
+        sums["kl"] += (results[0] - results[1])[mask].sum().item()
+        sums["entropy"] += sample["entropies"][mask].sum().item()
+        sums["tokens"] += mask.sum().item()
+        sums["sequences"] += len(mask)
+        sums["reward"] += sample["rewards"].sum().item()
+    log = with_key(trainer, "distilled/reward")[0]
+    assert log["distilled/kl_per_sequence"] == pytest.approx(sums["kl"] / sums["sequences"], rel=1e-3)
+    assert log["distilled/kl_per_token"] == pytest.approx(sums["kl"] / sums["tokens"], rel=1e-3)
+    assert log["distilled/entropy"] == pytest.approx(sums["entropy"] / sums["tokens"], rel=1e-5)
+    assert log["distilled/reward"] == pytest.approx(sums["reward"] / sums["sequences"])
+
+
+def test_measuring_does_not_change_the_training(path, tmp_path):
+    plain = make_run(path, tmp_path, rounds=2, extraction_passes=1, distillation_passes=1)
+    plain.train()
+    measured = make_run(
+        path, tmp_path, rounds=2, extraction_passes=1, distillation_passes=1, eval_dataset=tiny.prompts(8),
+        per_device_eval_batch_size=8,
+    )  # fmt: skip
+    measured.train()
+    assert_equal(parameters(measured), parameters(plain))
+
+
+def test_measures_on_the_set_without_held_out_prompts(path, tmp_path):
+    trainer = make_run(path, tmp_path, trainer_class=Recorder)
+    trainer.train()
+    log = with_key(trainer, "teacher_ce/set_kl_per_sequence")[0]
+    batches = trainer.record[2][4]  # at the start of stage 2: the base's scores
+    trainer.model.load_state_dict(trainer.record[1][2])
+    kl = tokens = good = count = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            difference = (batch["base_logps"] - naive_logps(trainer.model.eval(), batch)) * batch["completion_mask"]
+        kl += difference.sum().item()
+        tokens += batch["completion_mask"].sum().item()
+        good -= difference.sum(1)[batch["advantages"] > 0].sum().item()
+        count += (batch["advantages"] > 0).sum().item()
+    assert log["teacher_ce/set_kl_per_sequence"] == pytest.approx(kl / 32, rel=1e-3)
+    assert log["teacher_ce/set_kl_per_token"] == pytest.approx(kl / tokens, rel=1e-3)
+    assert log["teacher_ce/set_log_ratio_of_right"] == pytest.approx(good / count, rel=1e-3)
+    assert with_key(trainer, "distilled/set_kl_per_sequence")[0]["step"] == 16
+
+
+def test_prompts_that_only_fill_up_the_last_batch_do_not_count(path, tmp_path, monkeypatch):
+    """As on several processes, where the last batches begin again with the first prompts."""
+    held_out = tiny.prompts(3)
+    trainer = make_run(path, tmp_path, eval_dataset=held_out, per_device_eval_batch_size=8, num_generations_eval=4)
+    trainer._stages.base.take()
+    rows = [held_out[i] for i in (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0)]
+    monkeypatch.setattr(trainer, "get_eval_dataloader", lambda dataset: [rows[:8], rows[8:]])
+    samples = own_samples(trainer._host)
+    assert [sample["rewards"].isnan().tolist() for sample in samples] == [[False] * 8, [False] * 4 + [True] * 4]
+    assert samples[1]["completion_mask"][4:].sum() == 0
+    assert samples[1]["completion_mask"][:4].sum() > 0

@@ -12,11 +12,6 @@ from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
 from trl_ext import ERPDConfig, ERPDTrainer
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
 def run(path, output_dir, resume=None, eval_dataset=None, **overrides):
     """Two updates a pass; a checkpoint at every step."""
     names = ("peft_config", "rollout_func", "reward")
@@ -28,6 +23,13 @@ def run(path, output_dir, resume=None, eval_dataset=None, **overrides):
     torch.manual_seed(1234 if resume else 0)  # what the resumed process drew before must not matter
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+@pytest.fixture(scope="module")
+def saved(path, tmp_path_factory):
+    """An undisturbed run, with a checkpoint at every step, and its trainer. Tests that change files take a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run(path, folder)
 
 
 def logs_after(trainer, step):
@@ -88,9 +90,8 @@ def test_a_run_can_be_given_more_rounds(path, tmp_path):
     assert any(not torch.equal(p, parameters(short)[name]) for name, p in parameters(longer).items())
 
 
-def test_everything_is_kept_in_a_safe_format(path, tmp_path):
-    run(path, tmp_path)
-    names = {p.name for p in (tmp_path / "checkpoint-3").iterdir()}
+def test_everything_is_kept_in_a_safe_format(saved):
+    names = {p.name for p in (saved[0] / "checkpoint-3").iterdir()}
     assert {"fixed_set_0.safetensors", "base_policy.safetensors"} <= names
     assert not {name for name in names if name.startswith("rollouts")}
 
@@ -106,10 +107,9 @@ def test_everything_is_kept_in_a_safe_format(path, tmp_path):
         ({"temperature": 0.5}, "temperature 1.0 -> 0.5"),
     ],
 )
-def test_settings_that_do_not_fit_the_checkpoint_are_refused(path, tmp_path, changes, message):
-    run(path, tmp_path)
+def test_settings_that_do_not_fit_the_checkpoint_are_refused(path, tmp_path, saved, changes, message):
     with pytest.raises(ValueError, match=rf"cannot go on with the checkpoint .*{message}.*: resume with the settings"):
-        run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-3"), **changes)
+        run(path, tmp_path / "resumed", resume=str(saved[0] / "checkpoint-3"), **changes)
 
 
 def test_a_longer_run_is_not_cut_short(path, tmp_path):
@@ -120,39 +120,47 @@ def test_a_longer_run_is_not_cut_short(path, tmp_path):
         run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-5"), **settings)
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(path, tmp_path, caplog):
-    whole = run(path, tmp_path)
-    for name in ("checkpoint-8/trainer_state.json", "checkpoint-7/fixed_set_0.safetensors"):
-        (tmp_path / name).unlink()
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(path, tmp_path, saved, caplog):
+    """Whether a file is missing or was cut short."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-7" / "fixed_set_0.safetensors").unlink()
+    cut_short(tmp_path / "checkpoint-6" / "fixed_set_0.safetensors")
+    cut_short(tmp_path / "checkpoint-5" / "base_policy.safetensors")
+    for name in ("fixed_set_0", "base_policy"):
+        checkpoint = str(tmp_path / f"checkpoint-{6 if name == 'fixed_set_0' else 5}")
+        with pytest.raises(ValueError, match=rf"because {name}.safetensors is cut short or damaged: name another"):
+            run(path, tmp_path / "resumed", resume=checkpoint)
     resumed = run(path, tmp_path, resume=True)
-    assert_equal(parameters(resumed), parameters(whole))
+    assert_equal(parameters(resumed), parameters(saved[1]))
     passed_over = [record.message for record in caplog.records if "is passed over" in record.message]
-    assert ["checkpoint-8" in passed_over[0], "checkpoint-7" in passed_over[1]] == [True, True]
+    assert [f"checkpoint-{8 - i} is passed over" in message for i, message in enumerate(passed_over)] == [True] * 4
     shutil.rmtree(tmp_path)
     with pytest.raises(ValueError, match="train from the start"):
         run(path, tmp_path, resume=True)
 
 
-def test_held_out_prompts_may_come_with_the_resumption(path, tmp_path):
-    run(path, tmp_path)
+def test_held_out_prompts_may_come_with_the_resumption(path, tmp_path, saved):
     held_out = {"eval_dataset": tiny.prompts(4), "per_device_eval_batch_size": 8}
-    resumed = run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-2"), **held_out)
+    resumed = run(path, tmp_path, resume=str(saved[0] / "checkpoint-2"), **held_out)
     assert any("distilled/reward" in log for log in resumed.state.log_history)
 
 
-def test_a_lost_set_is_refused(path, tmp_path):
-    run(path, tmp_path)
+def test_a_lost_set_is_refused(path, tmp_path, saved):
+    shutil.copytree(saved[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "fixed_set_0.safetensors").unlink()
     with pytest.raises(ValueError, match=r"because fixed_set_0.safetensors is missing .*: name another checkpoint"):
         run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-3"))
 
 
-def test_rewards_are_not_asked_for_again(path, tmp_path):
-    run(path, tmp_path)
-
+def test_rewards_are_not_asked_for_again(path, tmp_path, saved):
     def fail(**kwargs):
         raise AssertionError("the set is sampled already")
 
-    resumed = run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-2"), reward=fail)
-    assert json.loads((tmp_path / "resumed" / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+    resumed = run(path, tmp_path, resume=str(saved[0] / "checkpoint-2"), reward=fail)
+    assert json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
     assert resumed.state.global_step == 8

@@ -3,7 +3,6 @@
 from functools import partial
 from types import SimpleNamespace
 
-import pytest
 import tiny
 import torch
 from tiny_erpd import right_or_wrong
@@ -12,11 +11,6 @@ from tiny_erpd_trainer import make_trainer
 from trl_ext.erpd.host import Sampled
 from trl_ext.erpd.sampling import make_fixed_set, prompts_of_round, sample_rollouts
 from trl_ext.erpd.trainer_host import TrainerHost
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
 
 
 def sample_set(trainer, rewards, round_number=1):

@@ -1,14 +1,14 @@
 """That what is set of ERPD reaches the schedule, the losses, the logs and the check of a checkpoint."""
 
+from functools import partial
+
 import pytest
-import tiny
 import torch
 from tiny_erpd import right_or_wrong, settings
 from tiny_erpd_trainer import at_step, hand_made_batch, make_trainer
 
 from trl_ext import ERPDConfig
 from trl_ext.erpd.fixed_set import FixedSet
-from trl_ext.erpd.schedule import Schedule, phases_of, teachers_of
 from trl_ext.losses import (
     drpo_loss,
     ppo_clip_loss,
@@ -16,62 +16,6 @@ from trl_ext.losses import (
     reward_regression_loss,
     sapo_loss,
 )
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
-# ---- the schedule
-
-
-COURSES = {
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "polynomial",
-    "lr_scheduler_kwargs": {"power": 2.0, "lr_end": 0.0},
-    "warmup_steps": 2,
-    "extraction_learning_rate": 3e-3,
-    "extraction_lr_scheduler_type": "linear",
-    "extraction_warmup_steps": 0.25,
-    "extraction_passes": 2,
-    "distillation_passes": 3,
-}
-# In multiples of 1e-3, at two updates a pass. Stage 1, 4 updates: a quarter of them warm-up, then from 3 down in three
-# equal steps, whatever `lr_scheduler_kwargs` say. Stage 2, 6 updates: two of warm-up, then the square of what is left
-# of the other four
-RATES = [0, 3, 2, 1, 0, 1 / 2, 1, (3 / 4) ** 2, (2 / 4) ** 2, (1 / 4) ** 2]
-
-
-def test_each_stage_has_the_course_that_is_set_for_it(tmp_path):
-    args = ERPDConfig(**settings(tmp_path, **COURSES))
-    factor = Schedule(phases_of(args), steps_per_pass=2).learning_rate(1e-3, args.lr_scheduler_kwargs)
-    assert [factor(step) for step in range(10)] == pytest.approx(RATES, abs=1e-6)
-
-
-def test_the_trainer_goes_by_these_courses(path, tmp_path):
-    trainer = make_trainer(path, tmp_path, prompts_per_round=4, **COURSES)
-    schedule = trainer.create_scheduler(10, torch.optim.SGD(trainer.model.parameters(), lr=1e-3))
-    assert [schedule.lr_lambdas[0](step) for step in range(10)] == pytest.approx(RATES, abs=1e-6)
-
-
-def test_the_default_weights_of_the_signals_have_the_sum_1(tmp_path):
-    def weights(losses):
-        args = ERPDConfig(**settings(tmp_path, extraction_loss=losses))
-        return [teacher.weight for teacher in teachers_of(args)]
-
-    assert weights(["ce"]) == [1]
-    assert weights(["ce", "mse"]) == [1 / 2, 1 / 2]
-
-
-def test_each_phase_ends_with_a_log(path, tmp_path):
-    """4 updates a phase, of which `logging_steps` asks for the 3rd and 6th only."""
-    trainer = make_trainer(
-        path, tmp_path, prompts_per_round=4, extraction_passes=2, distillation_passes=2, logging_steps=3
-    )
-    trainer.train()
-    logs = [(log["step"], log["stage"]) for log in trainer.state.log_history if "loss" in log]
-    assert logs == [(3, 1), (4, 1), (6, 2), (8, 2)]
 
 
 # ---- the losses
@@ -113,23 +57,23 @@ def test_extraction_takes_its_settings_and_the_unlearned_policy_the_reverse(path
     [
         (
             {"epsilon": 0.1, "epsilon_high": 0.4, "delta": 1.7},
-            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4, ratio_cap=1.7),
+            partial(ppo_clip_loss, epsilon_low=0.1, epsilon_high=0.4, ratio_cap=1.7),
         ),
         (
             {"distillation_epsilon": 0.6},
-            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.6, epsilon_high=0.6),
+            partial(ppo_clip_loss, epsilon_low=0.6, epsilon_high=0.6),
         ),
         (
             {"distillation_epsilon": 0.1, "distillation_epsilon_high": 0.5},
-            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.5),
+            partial(ppo_clip_loss, epsilon_low=0.1, epsilon_high=0.5),
         ),
         (
             {"distillation_epsilon": 0.1, "distillation_epsilon_high": 0.5, "epsilon_high": 0.4},
-            lambda *tensors: ppo_clip_loss(*tensors, epsilon_low=0.1, epsilon_high=0.4),
+            partial(ppo_clip_loss, epsilon_low=0.1, epsilon_high=0.4),
         ),
         (
             {"trust_region": "drpo", "trust_region_radius": 0.03},
-            lambda *tensors: drpo_loss(*tensors, radius=0.03),
+            partial(drpo_loss, radius=0.03),
         ),
     ],
     ids=["ppo_clip", "own_epsilon", "own_epsilons", "both_epsilons", "drpo"],

@@ -9,11 +9,6 @@ from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.sampling import agreeing_prompts, nothing_to_learn
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
 def constant(completions, **kwargs):
     return [0.0] * len(completions)
 
@@ -27,7 +22,7 @@ def make_trainer(path, output_dir, reward, eval_dataset=None, **overrides):
     return ERPDTrainer(path, reward, args, tiny.prompts(), eval_dataset)
 
 
-@pytest.mark.parametrize("extraction_loss", ["ce", "mse"])
+@pytest.mark.parametrize("extraction_loss", ["sapo", "ce", "mse"])
 def test_a_constant_reward_does_not_move_the_policy(path, tmp_path, caplog, extraction_loss):
     trainer = make_trainer(
         path, tmp_path, constant, tiny.prompts(2), extraction_loss=extraction_loss, distillation_anchor="pass"

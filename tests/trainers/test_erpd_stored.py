@@ -10,11 +10,6 @@ from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.stored_rollouts import group_advantages, has_stored_rollouts, read_stored_rollouts
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
 def from_stored(path, output_dir, rows, reward_funcs=None, eval_dataset=None, **overrides):
     defaults = {"prompts_per_round": None, "extraction_passes": 1, "distillation_passes": 1}
     args = ERPDConfig(**settings(output_dir, **defaults | overrides))
