@@ -38,8 +38,6 @@ def trrd_loss(
     *,
     alpha: float = 0.5,
     log_ratio_clip: float | None = 1.0,
-    clip_passes_gradient: bool = False,
-    reweighs: bool = True,
     region: Callable[..., TokenLoss] = ppo_clip_loss,
 ) -> TokenLoss:
     r"""
@@ -79,13 +77,6 @@ def trrd_loss(
             \\( \alpha \\) in [0, 1], the old student's exponent in the mixture.
         log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             \\( c \\) in nats, `None` for no clamp.
-        clip_passes_gradient (`bool`, defaults to `False`):
-            Whether \\( \nabla \log r = \nabla S \\) beyond the clamp too, instead of \\( \alpha \nabla S \\).
-        reweighs (`bool`, defaults to `True`):
-            `False` multiplies the loss with the constant \\( \frac{\pi / \pi_\mathrm{old}}{r} \\), so that every
-            gradient has GRPO's importance weight \\( \pi / \pi_\mathrm{old} \\) in place of \\( r \\), and the mixture
-            decides only what the region stops. With \\( r \\), a token of the first update that the teacher likes
-            better has the weight \\( (\pi / \pi_\mathrm{teacher})^{1 - \alpha} < 1 \\).
         region (`Callable`, defaults to `ppo_clip_loss`):
             The loss of the trust region, called with `(logps, m, advantages, mask)`; \\( m \\) in nats.
     """
@@ -96,15 +87,11 @@ def trrd_loss(
     teacher_log_ratio = masked(logps - known_or_current(teacher_logps, logps), mask)
     bound = MAX_LOG_RATIO if log_ratio_clip is None else log_ratio_clip
     gap = teacher_log_ratio.clamp(-bound, bound)
-    if clip_passes_gradient:
-        gap = gap.detach() + masked(logps - logps.detach(), mask & logps.isfinite())
     log_ratio = torch.where(neutral, drift, alpha * drift + (1 - alpha) * gap)
 
     # The mixture as it stands to the current policy; the gradient is that of the log-ratio, beyond the clamp too
     current = logps.detach().clamp(min=torch.finfo(logps.dtype).min)
     token_loss = region(current + (log_ratio - log_ratio.detach()), current - log_ratio.detach(), advantages, mask)
-    if not reweighs:
-        token_loss.loss = token_loss.loss * (drift - log_ratio).detach().exp()
 
     metrics = teacher_metrics(teacher_log_ratio, neutral)
     # What would be the clip fraction in GRPO

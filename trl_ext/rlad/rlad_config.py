@@ -21,8 +21,6 @@ MIXTURE_SETTINGS = (
     "teacher_mixture_alpha",
     "teacher_mixture_alpha_end",
     "teacher_log_ratio_clip",
-    "teacher_clip_passes_gradient",
-    "teacher_reweighs",
 )
 PENALTY_SETTINGS = (
     "kdrl_coef",
@@ -56,11 +54,6 @@ class RLADConfig(TeacherSettings, GRPOConfig):
             With `"trrd"`: what `teacher_mixture_alpha` becomes, linearly, by the last step. `None`: it is constant.
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             With `"trrd"`: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
-        teacher_clip_passes_gradient (`bool`, *optional*, defaults to `False`):
-            With `"trrd"`: whether the gradient of the log-ratio is the full one beyond that bound too.
-        teacher_reweighs (`bool`, *optional*, defaults to `True`):
-            With `"trrd"`: whether the ratio to the mixture weighs the gradient, as in the paper. `False`: the ratio to
-            the old policy does, and the mixture only decides what the trust region stops.
         kdrl_coef (`float`, *optional*, defaults to `2e-3`):
             With `"kdrl"`: coefficient of the penalty at the first step.
         kdrl_coef_decay (`float`, *optional*, defaults to `0.0`):
@@ -106,17 +99,6 @@ class RLADConfig(TeacherSettings, GRPOConfig):
     teacher_log_ratio_clip: float | None = field(
         default=1.0,
         metadata={"help": "With 'trrd': bound of the log-ratio of student to teacher, in nats. None for no bound."},
-    )
-    teacher_clip_passes_gradient: bool = field(
-        default=False,
-        metadata={"help": "With 'trrd': whether the gradient of the log-ratio is the full one beyond its bound too."},
-    )
-    teacher_reweighs: bool = field(
-        default=True,
-        metadata={
-            "help": "With 'trrd': whether the ratio to the mixture weighs the gradient. False: the ratio to the old "
-            "policy does, and the mixture only decides what the trust region stops."
-        },
     )
     kdrl_coef: float = field(
         default=2e-3, metadata={"help": "With 'kdrl': coefficient of the penalty at the first step."}

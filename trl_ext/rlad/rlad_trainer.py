@@ -121,8 +121,6 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
                 mask,
                 alpha=alpha,
                 log_ratio_clip=args.teacher_log_ratio_clip,
-                clip_passes_gradient=args.teacher_clip_passes_gradient,
-                reweighs=args.teacher_reweighs,
                 region=region,
             )
             if args.teacher_mixture_alpha_end is not None:
