@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -116,6 +116,8 @@ TASKS = {
             "places": Recipe(
                 style="places", slip_rate=0.0, forgotten_carry_rate=0.0
             ),  # writes otherwise than the pupil
+            "equal": Recipe(seed=1),  # makes the pupil's mistakes as often as the pupil
+            "worse": Recipe(seed=1, slip_rate=0.4),  # and slips more often
         },
         samples=4,
     ),
@@ -123,7 +125,12 @@ TASKS = {
         puzzles,
         after_last_comma,
         max_tokens=puzzle_policy.MAX_TOKENS,
-        policies={"pupil": puzzle_policy.STUDENT, "teacher": puzzle_policy.TEACHER},
+        policies={
+            "pupil": puzzle_policy.STUDENT,
+            "teacher": puzzle_policy.TEACHER,
+            "equal": replace(puzzle_policy.STUDENT, seed=1),
+            "worse": replace(puzzle_policy.STUDENT, seed=1, slip_rate=0.3, misread_rate=0.9),
+        },
         samples=8,
     ),
     "sums_2_3": Task(
