@@ -45,16 +45,15 @@ EMBEDDED_DEFAULTS = {
     "output_dir": "erpd_math_output",
     "prompts_per_round": 128,
     "num_generations": 16,
-    "extraction_passes": 16,
     "extraction_learning_rate": 5e-5,
-    "distillation_passes": 4,
-    "learning_rate": 5e-5,
+    "learning_rate": 3e-5,
     "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 256,
+    "per_device_train_batch_size": 64,
+    "steps_per_generation": 2,
     "per_device_eval_batch_size": 400,
     "max_completion_length": 2 * TOKENS_PER_DIGIT,
     "keep_teachers": True,  # to be compared at the end
-    "logging_steps": 8,  # a pass
+    "logging_steps": 16,  # half a pass
     "bf16": False,
 }
 

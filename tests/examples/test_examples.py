@@ -253,7 +253,7 @@ def test_erpd_math_embedded(tmp_path, cache):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == [
         "base policy",
-        "ERPD, extreme region policy (ce)",
+        "ERPD, extreme region policy (mse)",
         "ERPD, distilled policy",
         "GRPO, 1 sampling phase",
         "GRPO, 2 sampling phases",
@@ -261,9 +261,9 @@ def test_erpd_math_embedded(tmp_path, cache):
     accuracy, kl, rollouts, phases = ([row[i] for row in rows[1:]] for i in (1, 3, 4, 5))
     assert all(0 <= float(value) <= 1 for value in accuracy)
     assert (kl[0], rollouts, phases) == ("0.000", ["0"] + ["256"] * 4, ["0", "1", "1", "1", "2"])
-    assert rows[3][6] == "16"  # updates: 256 rollouts, 64 per update, 2 and 2 passes
+    assert rows[3][6] == "24"  # updates: 256 rollouts, 64 per update, 2 passes for each of 3 policies
     boundaries = [line for line in out.splitlines() if line.startswith("Round 1, ")]
-    assert len(boundaries) == 3
+    assert len(boundaries) == 4
     assert (tmp_path / "erpd_math_output" / "stages.png").stat().st_size > 10_000
     assert (tmp_path / "erpd_math_output" / "model.safetensors").exists()
 

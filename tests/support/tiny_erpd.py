@@ -12,7 +12,8 @@ def right_or_wrong(completions, **kwargs):
 def settings(tmp_path, **overrides):
     """8 prompts, 4 rollouts each, 8 rollouts an update: 4 updates a pass, and 2 passes in both stages."""
     defaults = {"num_iterations": 1, "max_steps": -1, "prompts_per_round": 8}
-    defaults |= {"extraction_passes": 2, "distillation_passes": 2}
+    defaults |= {"extraction_passes": 2, "distillation_passes": 2, "extraction_loss": "ce", "signal": "teacher"}
+    defaults |= {"distillation_epsilon": None, "distillation_epsilon_high": None}  # those of GRPO
     return tiny.grpo_settings(tmp_path, **defaults | overrides)
 
 

@@ -65,7 +65,7 @@ def test_settings_on_the_command_line():
     parser = TrlParser((ERPDConfig,))
     flags = ["--output_dir", "out", "--bf16", "False"]
     (args,) = parser.parse_args_and_config(flags)
-    assert (args.extraction_loss, args.signal, args.signal_weights) == (["ce"], ["teacher"], None)
+    assert (args.extraction_loss, args.signal, args.signal_weights) == (["mse"], ["unlearned_reference"], None)
     several = ["--extraction_loss", "ce", "mse", "--signal", "unlearned_reference", "--signal_weights", "0.5", "2"]
     (args,) = parser.parse_args_and_config(flags + several)
     assert [tuple(teacher) for teacher in teachers_of(args)] == [

@@ -24,9 +24,9 @@ class ERPDConfig(GRPOConfig):
         prompts_per_round (`int`, *optional*):
             Prompts of the fixed set of a round. `None`: 1000 as in the paper, or as many as the data set has, rounded
             down to whole batches.
-        extraction_loss (`str` or `list[str]`, *optional*, defaults to `"ce"`):
+        extraction_loss (`str` or `list[str]`, *optional*, defaults to `"mse"`):
             Stage 1's objective, `"sapo"`, `"ce"` or `"mse"`; several make several teachers.
-        extraction_passes (`int`, *optional*, defaults to `16`):
+        extraction_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 1, for each policy that is trained there.
         extraction_learning_rate (`float`, *optional*):
             Learning rate of stage 1. `None`: `learning_rate`.
@@ -39,7 +39,7 @@ class ERPDConfig(GRPOConfig):
         extraction_skips_agreeing_prompts (`bool`, *optional*, defaults to `False`):
             Whether `"ce"` and `"mse"` leave out the prompts whose rollouts all have the same reward. `"sapo"` always
             does, because their advantage is 0.
-        signal (`str` or `list[str]`, *optional*, defaults to `"teacher"`):
+        signal (`str` or `list[str]`, *optional*, defaults to `"unlearned_reference"`):
             What is distilled: `"teacher"`, `"unlearned_reference"` or `"unlearned_teacher"`. One for all teachers, or
             one each.
         signal_weights (`list[float]`, *optional*):
@@ -51,9 +51,9 @@ class ERPDConfig(GRPOConfig):
             Bound of the normalised signal. `None` for no bound.
         distillation_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 2.
-        distillation_epsilon (`float`, *optional*):
+        distillation_epsilon (`float`, *optional*, defaults to `0.3`):
             Clip range of stage 2 below ratio 1, with `trust_region="ppo_clip"`. `None`: `epsilon`, as in GRPO.
-        distillation_epsilon_high (`float`, *optional*):
+        distillation_epsilon_high (`float`, *optional*, defaults to `1.0`):
             The same above ratio 1; `epsilon_high`, where it is set, is used instead. `None`: as below.
         distillation_anchor (`str`, *optional*, defaults to `"base"`):
             What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
@@ -77,11 +77,11 @@ class ERPDConfig(GRPOConfig):
         },
     )
     extraction_loss: str | list[str] = field(
-        default_factory=lambda: ["ce"],
+        default_factory=lambda: ["mse"],
         metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. Several make several teachers."},
     )
     extraction_passes: int = field(
-        default=16, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
+        default=4, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
     )
     extraction_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of stage 1. None: learning_rate, which is stage 2's."}
@@ -100,7 +100,7 @@ class ERPDConfig(GRPOConfig):
         metadata={"help": "Whether 'ce' and 'mse' leave out the prompts whose rollouts all have the same reward."},
     )
     signal: str | list[str] = field(
-        default_factory=lambda: ["teacher"],
+        default_factory=lambda: ["unlearned_reference"],
         metadata={
             "help": "What is distilled: 'teacher', 'unlearned_reference' or 'unlearned_teacher'. One for all "
             "teachers, or one each."
@@ -122,11 +122,11 @@ class ERPDConfig(GRPOConfig):
     )
     distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
     distillation_epsilon: float | None = field(
-        default=None,
+        default=0.3,
         metadata={"help": "Clip range of stage 2 below ratio 1, with trust_region='ppo_clip'. None: epsilon."},
     )
     distillation_epsilon_high: float | None = field(
-        default=None,
+        default=1.0,
         metadata={"help": "The same above ratio 1; epsilon_high, where set, is used instead. None: as below."},
     )
     distillation_anchor: str = field(
