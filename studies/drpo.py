@@ -51,12 +51,12 @@ PRECISION = {
     sampler: {name: low_precision(name, sampler) for name in names}
     for sampler, names in {
         "4 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "none"],
-        "6 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "none"],
+        "6 bits": ["DRPO, 0.15", "GRPO, clip 0.2", "none", "GRPO, token truncate"],
     }.items()
 }
 TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in ("GRPO, clip 0.2", "DRPO, 0.05", "DRPO, 0.15")}
 COARSE, FINE = (list(PRECISION[sampler].values()) for sampler in ("4 bits", "6 bits"))
-RUNS = [*STALENESS[:5], *COARSE, *FINE, *STALENESS[5:], *TOO_FAST.values()]
+RUNS = [*STALENESS[:5], *COARSE[:2], *FINE, *COARSE[2:], *STALENESS[5:], *TOO_FAST.values()]
 
 
 def regions_table(split: str = "validation") -> str:
