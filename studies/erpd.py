@@ -124,6 +124,8 @@ def describe(run: Run) -> str:
     schedule = "" if s["lr_scheduler_type"] == "constant" else f" {s['lr_scheduler_type']}"
     size = s["per_device_train_batch_size"]
     first = f"{s['extraction_loss']}, {s['extraction_passes']} passes at {s['extraction_learning_rate']:g}"
+    if s["extraction_beta"] != 0.5:
+        first += f", beta {s['extraction_beta']:g}"
     second = f"{region}, {s['distillation_passes']} passes at {s['learning_rate']:g}{schedule}"
     return f"{first}; `{s['signal']}`; {second}; updates of {size}"
 
