@@ -70,10 +70,14 @@ def precision_table(split: str = "validation") -> str:
     return table("drpo", rows, split, first="sampler: region")
 
 
+def draw_staleness(axis: Any) -> None:
+    rows = {name: stale(name, 16) for name in REGIONS}
+    dots(axis, "drpo", rows, "DRPO: 16 updates per rollout batch, accuracy on sums", "accuracy", "validation")
+
+
 def picture(figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    rows = {name: stale(name, 16) for name in REGIONS}
-    dots(left, "drpo", rows, "16 updates per rollout batch: accuracy", "accuracy", "validation")
+    draw_staleness(left)
     rows = {f"{name}, {sampler}": run for sampler, runs in PRECISION.items() for name, run in runs.items()}
     dots(right, "drpo", rows, "rollouts from a sampler of lower precision: accuracy", "accuracy", "validation")
 

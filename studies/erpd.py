@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from studies.pictures import frontier
 from studies.runs import Run, run, with_seeds
-from studies.tables import table
+from studies.tables import summary, table
 
 
 # Spelled out, whatever the trainer's defaults are. Updates of 64 rollouts: 32 in a pass over the set
@@ -130,22 +129,36 @@ def describe(run: Run) -> str:
     return f"{first}; `{s['signal']}`; {second}; updates of {size}"
 
 
+def draw_frontier(axis: Any) -> None:
+    """Accuracy over divergence on the validation problems: DRPO in one phase and in eight, and ERPD in one."""
+    one, eight = (summary("erpd", BESIDE[f"DRPO, {phases}"], "validation") for phases in ("1 phase", "8 phases"))
+    if one and one.results[0]["stages"][0]["curve"]:
+        points = [(p["kl_to_base"], p["accuracy"]) for p in one.results[0]["stages"][0]["curve"]]
+        axis.plot(*zip(*points, strict=True), ".-", color="0.5", label="DRPO, 1 phase, 2 to 8 passes")
+    if eight:
+        axis.plot(eight.mean("kl_to_base", "validation"), eight.mean("accuracy", "validation"), "s", color="0.3",
+                  label="DRPO, 8 phases")  # fmt: skip
+    for searched in (*SEARCH, *SMALL):
+        if found := summary("erpd", searched, "validation"):
+            settings = searched.stages[0].settings
+            marker = "o" if settings["signal"] == "unlearned_reference" else "^"
+            best = settings == SEARCH[0].stages[0].settings
+            axis.plot(found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation"), marker,
+                      color="C0", markersize=9 if best else 5, alpha=1 if best else 0.5,
+                      label="ERPD as it is by default" if best else None)  # fmt: skip
+    if found := summary("erpd", SEARCH[0], "validation"):
+        accuracy, divergence = found.between_the_stages("teacher_")
+        axis.plot(
+            float(divergence), float(accuracy), "*", color="C1", markersize=11, label="its extreme region policy"
+        )
+    axis.set(xlabel="KL to base, nats per sequence", ylabel="accuracy, sampled")
+    axis.set_title("ERPD: 2,048 rollouts on sums (small blue: other settings)", fontsize=9)
+    axis.legend(fontsize=7, loc="lower right")
+    axis.grid(alpha=0.3)
+
+
 def picture(figure: Any) -> None:
-    axis = figure.subplots(1, 1)
-    curves: dict[str, dict[str, Run]] = {
-        name: {
-            "base": BASE["base policy"],
-            "1 phase": BESIDE[f"{name}, 1 phase"],
-            "8 phases": BESIDE[f"{name}, 8 phases"],
-        }
-        for name in ("GRPO", "DRPO")
-    }
-    curves["ERPD"] = {
-        "base": BASE["base policy"],
-        "1 phase": FINALISTS["ERPD, unlearned reference"],
-        "3 rounds, 3 x 2,048 rollouts": FINALISTS["ERPD, three rounds"],
-    }
-    frontier(axis, "erpd", curves, "accuracy against divergence, 2,048 rollouts")
+    draw_frontier(figure.subplots(1, 1))
 
 
 TABLES = {"finalists": finalists, "search": wide_search}

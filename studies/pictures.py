@@ -1,4 +1,4 @@
-"""The two kinds of picture: a measure by method as dots, and accuracy against divergence."""
+"""A measure by method, as dots."""
 
 from __future__ import annotations
 
@@ -23,19 +23,3 @@ def dots(axis: Any, study: str, rows: Mapping[str, Run], title: str, measure: st
 
 
 OURS = {"DRPO", "RLAD", "TrOPD", "ERPD"}
-
-
-def frontier(axis: Any, study: str, curves: Mapping[str, Mapping[str, Run]], title: str, split: str = "test") -> None:
-    """Accuracy over KL to the base: the runs of a curve in the order given, each with its label."""
-    for index, (name, rows) in enumerate(curves.items()):
-        found = [(label, s) for label, run in rows.items() if (s := summary(study, run, split))]
-        points = [(s.mean("kl_to_base", split), s.mean("accuracy", split)) for _, s in found]
-        if not points:
-            continue
-        axis.plot(*zip(*points, strict=True), "o-", color=f"C{index}", label=name, markersize=5, alpha=0.9)
-        for (label, _), point in zip(found, points, strict=True):
-            axis.annotate(label, point, fontsize=7, xytext=(4, -3), textcoords="offset points")
-    axis.set(xlabel="KL to base, nats per sequence", ylabel="accuracy, sampled")
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
