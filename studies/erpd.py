@@ -136,8 +136,8 @@ def draw_frontier(axis: Any) -> None:
         points = [(p["kl_to_base"], p["accuracy"]) for p in one.results[0]["stages"][0]["curve"]]
         axis.plot(*zip(*points, strict=True), ".-", color="0.5", label="DRPO, 1 phase, 2 to 8 passes")
     if eight:
-        axis.plot(eight.mean("kl_to_base", "validation"), eight.mean("accuracy", "validation"), "s", color="0.3",
-                  label="DRPO, 8 phases")  # fmt: skip
+        point = eight.mean("kl_to_base", "validation"), eight.mean("accuracy", "validation")
+        axis.plot(*point, "s", color="C3", zorder=5, label="DRPO, 8 phases")
     for searched in (*SEARCH, *SMALL):
         if found := summary("erpd", searched, "validation"):
             settings = searched.stages[0].settings
