@@ -51,7 +51,7 @@ CASES = [
     pytest.param((trainer, form), marks=pytest.mark.supports(trainer, TITLES[form]), id=f"{trainer}-{form}")
     for trainer in ("drpo", "rlad", "tropd", "erpd")
     for form in FORMS
-    if form != "beside_teacher" or trainer == "rlad"
+    if form != "beside_teacher" or trainer in ("rlad", "tropd")
 ]
 COMMON = {"learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 1e9}
 

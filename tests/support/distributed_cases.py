@@ -63,7 +63,7 @@ CASES = {
     "tropd": Case("tropd", resumes=2),
     "tropd-accumulation": Case("tropd", ("ddp", "zero2", "fsdp2"), accumulation=4),
     "tropd-lora": Case("tropd", SHARDED, lora="lora", resumes=2),
-    "tropd-head": Case("tropd", ("ddp",), lora="head"),
+    "tropd-head": Case("tropd", ("ddp", "fsdp2"), lora="head"),
     "tropd-adapter-teacher": Case("tropd", ("ddp", *SHARDED), adapter_teacher=True),
     "tropd-generates": Case("tropd", ("ddp", "zero3", "fsdp2"), {"guidance": "teacher"}, generates=True),
     "erpd": Case("erpd", resumes=6),  # in stage 2 of the first round
