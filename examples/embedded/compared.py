@@ -43,7 +43,7 @@ def policies_of_erpd(erpd: Run, args: Any, base: str) -> list[Policy]:
     return [
         Policy("base policy", base),
         *(
-            Policy(f"extreme region policy ({path.name.split('_')[1]})", str(path), rollouts, args.rounds)
+            Policy(f"ERPD, extreme region policy ({path.name.split('_')[1]})", str(path), rollouts, args.rounds)
             for path in teachers
         ),
         Policy("ERPD, distilled policy", args.output_dir, rollouts, args.rounds, erpd.updates, erpd.seconds),
