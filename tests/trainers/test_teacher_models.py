@@ -181,12 +181,19 @@ def test_a_folder_without_a_tokenizer_is_a_teacher_that_is_not_checked(tmp_path,
 
 
 @TRAINERS
-@pytest.mark.parametrize("form", ["path", "model"])
-def test_a_classifier_cannot_score_tokens(tmp_path, make, form):
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("path", "is a Qwen3ForSequenceClassification, which has no LM head"),
+        ("model", "must be a causal language model, its name or a URL, got Qwen3ForSequenceClassification"),
+    ],
+    ids=["path", "model"],
+)
+def test_a_classifier_cannot_score_tokens(tmp_path, make, form, message):
     model = Qwen3ForSequenceClassification(tiny.policy().config)
     model.save_pretrained(tmp_path / "classifier")
     teacher = str(tmp_path / "classifier") if form == "path" else model
-    with pytest.raises(ValueError, match=r"is a Qwen3ForSequenceClassification, which has no LM head"):
+    with pytest.raises((TypeError, ValueError), match=message):
         make(tmp_path, teacher)
 
 
