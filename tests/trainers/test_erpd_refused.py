@@ -45,7 +45,7 @@ from trl_ext import ERPDConfig, ERPDTrainer
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
             "lr_scheduler_type='reduce_lr_on_plateau' depends on evaluations",
         ),
-        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold=0.1 judges a sequence by its one advantage"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold=0.1 needs one advantage per sequence"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model=True moves the reference"),
         ({"ignore_data_skip": True}, "ignore_data_skip=True would make a resumed run"),
         ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' keeps averages"),

@@ -121,6 +121,22 @@ def test_the_progress_bar_names_round_and_stage(path, tmp_path):
     assert "Round 1/1, stage 2: distillation, pass 1/2: " in seen
 
 
+def test_completions_are_logged_once(path, tmp_path, monkeypatch):
+    """After they were sampled, and not with every log of the stages that follow."""
+    printed = []
+
+    def table(prompts, *args, **kwargs):
+        printed.append(list(prompts))
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.is_rich_available", lambda: True)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.print_prompt_completions_sample", table)
+    trainer = make_run(path, tmp_path, rounds=2, extraction_passes=1, distillation_passes=1, log_completions=True)
+    trainer.train()
+    assert trainer.log_completions
+    assert len(printed) == 2  # one per round, of some 20 logs
+    assert printed[0] != printed[1]
+
+
 def test_evaluation_in_any_stage(path, tmp_path):
     trainer = make_run(
         path, tmp_path, eval_dataset=tiny.prompts(4), eval_strategy="steps", eval_steps=6, beta=0.1,

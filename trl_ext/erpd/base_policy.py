@@ -1,4 +1,4 @@
-"""The base policy of a round, kept off the device while others are trained in its place."""
+"""The base policy of a round, kept in CPU memory while other policies are trained in its place."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ class WeightsCopy:
 
     Where every process has all weights (one process, DDP), only the main process keeps the copy. Where they are
     sharded, each process keeps its shard: DeepSpeed's float32 master partitions, from which the weights of the model
-    are made anew when it is restored. Restoring is exact to the bit.
+    are derived when it is restored. Restoring is exact to the bit.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Once its model is prepared for training.
+            The trainer, once its model is prepared for training.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -57,7 +57,7 @@ class WeightsCopy:
     def save(self, folder: str) -> None:
         """Writes what this process keeps, as safetensors."""
         if self.keeps:
-            Path(folder).mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
+            Path(folder).mkdir(parents=True, exist_ok=True)  # the main process may not have made it yet
             save_file({str(i): tensor.contiguous() for i, tensor in enumerate(self.tensors)}, self._path(folder))
 
     def load(self, folder: str) -> "WeightsCopy":
@@ -75,7 +75,7 @@ class WeightsCopy:
         return f"base_policy_{process}.safetensors" if self.sharded else "base_policy.safetensors"
 
     def _weights(self) -> list[torch.Tensor]:
-        """What is copied: the tensors themselves, in an order that never changes."""
+        """The tensors to copy, always in the same order."""
         if self.trainer.is_fsdp_enabled:
             reshard(self.trainer.model_wrapped)
         if not self.trainer.is_deepspeed_enabled:
@@ -122,7 +122,7 @@ def save_whole_policy(trainer: Any, folder: str) -> None:
 
 
 def clear_optimizer_state(optimizer: Any) -> None:
-    """Makes an optimizer forget its averages and step counts, whatever it is wrapped in."""
+    """Clears the averages and step counts of an optimizer, however it is wrapped."""
     while True:
         if hasattr(optimizer, "_hp_optimizer_states_linked"):
             optimizer._hp_optimizer_states_linked = False  # ZeRO's parameters refer to the old state

@@ -78,9 +78,11 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     if len(set(losses)) < len(losses):
         raise ValueError(f"extraction_loss={losses} names a loss twice, and twice the same teacher: name each once.")
     if len(signals) not in (1, len(losses)):
-        raise ValueError(f"There are {len(losses)} teachers and {len(signals)} signals: give one signal, or one each.")
+        raise ValueError(
+            f"There are {len(losses)} teachers and {len(signals)} signals: give one signal, or one per teacher."
+        )
     if weights is not None and len(weights) != len(losses):
-        raise ValueError(f"There are {len(losses)} teachers and {len(weights)} signal_weights: give one each.")
+        raise ValueError(f"There are {len(losses)} teachers and {len(weights)} signal_weights: give one per teacher.")
     if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
         raise ValueError(f"signal_weights={weights} leave nothing to distil: give finite numbers, not all 0.")
     for name in ("rounds", "extraction_passes", "distillation_passes"):
@@ -124,7 +126,7 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
                 "stage: set it to 'constant', 'linear' or 'cosine', for example."
             )
     refused = {
-        "off_policy_mask_threshold": (None, "judges a sequence by its one advantage, and here each token has its own"),
+        "off_policy_mask_threshold": (None, "needs one advantage per sequence, but here each token has its own"),
         "sync_ref_model": (False, "moves the reference, which must be the base policy of each round"),
         "load_best_model_at_end": (
             False,

@@ -15,25 +15,25 @@ class ERPDConfig(GRPOConfig):
     Configuration class for the [`ERPDTrainer`]: all of [`~trl.GRPOConfig`], and the two stages.
 
     GRPO's own settings of the update (`learning_rate`, `lr_scheduler_type`, `warmup_steps`, `beta`, `epsilon`,
-    `loss_type`, ...) are those of stage 2, which makes the policy that remains. `num_generations` is the number of
-    rollouts a prompt; the paper has 16.
+    `loss_type`, ...) apply to stage 2, whose policy is the result. `num_generations` is the number of rollouts per
+    prompt; the paper uses 16.
 
     Parameters:
         rounds (`int`, *optional*, defaults to `1`):
-            How often the two stages run, each time from the result of the last.
+            How often the two stages run, each time from the result of the previous round.
         prompts_per_round (`int`, *optional*):
-            Prompts of the fixed set of a round. `None`: 1000 as in the paper, or as many as the data set has, rounded
-            down to whole batches.
+            Number of prompts in the fixed set of a round. `None`: 1000 as in the paper, or all of a smaller data set,
+            rounded down to whole batches.
         extraction_loss (`str` or `list[str]`, *optional*, defaults to `"mse"`):
-            Stage 1's objective, `"sapo"`, `"ce"` or `"mse"`; several make several teachers.
+            Objective of stage 1: `"sapo"`, `"ce"` or `"mse"`. A list trains one teacher for each.
         extraction_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 1, for each policy that is trained there.
         extraction_learning_rate (`float`, *optional*):
             Learning rate of stage 1. `None`: `learning_rate`.
         extraction_warmup_steps (`float`, *optional*, defaults to `0`):
-            Warm-up of stage 1, in updates, or below 1 as a share of them.
+            Warm-up of stage 1: a number of updates, or a share of them if below 1.
         extraction_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            Course of the learning rate over stage 1.
+            Learning rate schedule of stage 1.
         extraction_beta (`float`, *optional*, defaults to `0.5`):
             \\( \beta_r \\), the scale of the implicit reward of `"ce"` and `"mse"`, in 1 / nats.
         extraction_skips_agreeing_prompts (`bool`, *optional*, defaults to `False`):
@@ -41,14 +41,14 @@ class ERPDConfig(GRPOConfig):
             does, because their advantage is 0.
         signal (`str` or `list[str]`, *optional*, defaults to `"unlearned_reference"`):
             What is distilled: `"teacher"`, `"unlearned_reference"` or `"unlearned_teacher"`. One for all teachers, or
-            one each.
+            one per teacher.
         signal_weights (`list[float]`, *optional*):
-            Weight of each teacher's signal. `None`: all 1, divided by their number.
+            Weight of each teacher's signal. `None`: equal weights that sum to 1.
         signal_normalization (`str`, *optional*, defaults to `"standardize"`):
-            Over the tokens of the set: `"standardize"` (mean 0, standard deviation 1), `"scale"` (only the latter) or
-            `"none"`.
+            How the signal is normalized over the tokens of the set: `"standardize"` (to mean 0 and standard deviation
+            1), `"scale"` (to standard deviation 1 only) or `"none"`.
         signal_clip (`float`, *optional*, defaults to `2.0`):
-            Bound of the normalised signal. `None` for no bound.
+            Bound of the normalized signal. `None`: no bound.
         distillation_passes (`int`, *optional*, defaults to `4`):
             Passes over the set in stage 2.
         distillation_epsilon (`float`, *optional*, defaults to `0.3`):
@@ -56,20 +56,22 @@ class ERPDConfig(GRPOConfig):
         distillation_epsilon_high (`float`, *optional*, defaults to `1.0`):
             The same above ratio 1; `epsilon_high`, where it is set, is used instead. `None`: as below.
         distillation_anchor (`str`, *optional*, defaults to `"base"`):
-            What stage 2's trust region is around: `"base"`, the base policy throughout; `"pass"`, the policy at the
-            start of each pass over the set, which costs a pass of scoring each.
+            Center of the trust region of stage 2: `"base"`, the base policy throughout; `"pass"`, the policy at the
+            start of each pass over the set, which takes one more pass of scoring each time.
         trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
-            Of stage 2: `"ppo_clip"` (`distillation_epsilon`, `epsilon_high`, `delta`), or one of [`DRPOConfig`]'s
-            `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
+            Trust region of stage 2: `"ppo_clip"` (`distillation_epsilon`, `epsilon_high`, `delta`), or one of
+            [`DRPOConfig`]'s `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
         trust_region_radius (`float`, *optional*):
             For all regions but `"ppo_clip"`, in the region's own unit. `None`: the default in [`DRPOConfig`].
         outcome_advantage_weight (`float`, *optional*, defaults to `0.0`):
-            What of GRPO's outcome advantage is added to the signal in stage 2.
+            Weight of GRPO's outcome advantage, which is added to the signal in stage 2.
         keep_teachers (`bool`, *optional*, defaults to `False`):
             Whether the policies of stage 1 are saved, to `output_dir/round-1/teacher_ce` and so on.
     """
 
-    rounds: int = field(default=1, metadata={"help": "How often the two stages run, each time from the last result."})
+    rounds: int = field(
+        default=1, metadata={"help": "How often the two stages run, each time from the previous result."}
+    )
     prompts_per_round: int | None = field(
         default=None,
         metadata={
@@ -78,7 +80,7 @@ class ERPDConfig(GRPOConfig):
     )
     extraction_loss: str | list[str] = field(
         default_factory=lambda: ["mse"],
-        metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. Several make several teachers."},
+        metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. A list trains one teacher for each."},
     )
     extraction_passes: int = field(
         default=4, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
@@ -87,10 +89,10 @@ class ERPDConfig(GRPOConfig):
         default=None, metadata={"help": "Learning rate of stage 1. None: learning_rate, which is stage 2's."}
     )
     extraction_warmup_steps: float = field(
-        default=0, metadata={"help": "Warm-up of stage 1, in updates, or below 1 as a share of them."}
+        default=0, metadata={"help": "Warm-up of stage 1: a number of updates, or a share of them if below 1."}
     )
     extraction_lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Course of the learning rate over stage 1."}
+        default="constant", metadata={"help": "Learning rate schedule of stage 1."}
     )
     extraction_beta: float = field(
         default=0.5, metadata={"help": "Scale of the implicit reward of 'ce' and 'mse', in 1 / nats."}
@@ -103,22 +105,22 @@ class ERPDConfig(GRPOConfig):
         default_factory=lambda: ["unlearned_reference"],
         metadata={
             "help": "What is distilled: 'teacher', 'unlearned_reference' or 'unlearned_teacher'. One for all "
-            "teachers, or one each."
+            "teachers, or one per teacher."
         },
     )
     signal_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each teacher's signal. None: all alike, with the sum 1."}
+        default=None, metadata={"help": "Weight of each teacher's signal. None: equal weights that sum to 1."}
     )
     signal_normalization: str = field(
         default="standardize",
         metadata={
-            "help": "Over the tokens of the set: 'standardize' (mean 0, standard deviation 1), 'scale' (only the "
-            "latter) or 'none'.",
+            "help": "How the signal is normalized over the tokens of the set: 'standardize' (to mean 0 and standard "
+            "deviation 1), 'scale' (to standard deviation 1 only) or 'none'.",
             "choices": list(CHOICES["signal_normalization"]),
         },
     )
     signal_clip: float | None = field(
-        default=2.0, metadata={"help": "Bound of the normalised signal. None for no bound."}
+        default=2.0, metadata={"help": "Bound of the normalized signal. None: no bound."}
     )
     distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
     distillation_epsilon: float | None = field(
@@ -132,7 +134,7 @@ class ERPDConfig(GRPOConfig):
     distillation_anchor: str = field(
         default="base",
         metadata={
-            "help": "What stage 2's trust region is around: 'base', the base policy, or 'pass', the policy at the "
+            "help": "Center of the trust region of stage 2: 'base', the base policy, or 'pass', the policy at the "
             "start of each pass over the set.",
             "choices": list(CHOICES["distillation_anchor"]),
         },
@@ -150,7 +152,7 @@ class ERPDConfig(GRPOConfig):
         metadata={"help": "Radius of stage 2's trust region, in the region's own unit. None: the region's default."},
     )
     outcome_advantage_weight: float = field(
-        default=0.0, metadata={"help": "What of GRPO's outcome advantage is added to the signal in stage 2."}
+        default=0.0, metadata={"help": "Weight of GRPO's outcome advantage, which is added to the signal in stage 2."}
     )
     keep_teachers: bool = field(default=False, metadata={"help": "Whether the policies of stage 1 are saved."})
 

@@ -37,23 +37,23 @@ logger = get_logger(__name__)
 class ERPDTrainer(PolicyLossTrainer):
     r"""
     Trainer for Extreme Region Policy Distillation ([2605.25582](https://huggingface.co/papers/2605.25582)): rollouts
-    are sampled once, squeezed by many off-policy updates, and what that taught is distilled into the policy they came
-    from.
+    are sampled once and used for many off-policy updates, and what these have taught is distilled into the policy that
+    sampled them.
 
-    A round has two stages. **Stage 1** trains \\( \pi_0 \\) for many passes over a fixed set of its own rollouts, with
-    hardly a constraint: the over-optimised result \\( \pi_E \\) is only a teacher. The set is scored by it once, and
+    A round has two stages. **Stage 1** trains \\( \pi_0 \\) for many passes over a fixed set of its own rollouts,
+    almost unconstrained: the over-optimized result \\( \pi_E \\) is only a teacher. It scores the set once, and
     \\( \pi_0 \\) is restored. **Stage 2** distils the token-level signal, in the simplest case
 
     $$ s_t = \log \pi_E(y_t) - \log \pi_0(y_t), $$
 
-    normalised over the set, as a per-token advantage within a trust region:
+    normalized over the set, as a per-token advantage within a trust region:
 
     $$ L = -\min\left( r_t s_t,\; \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon)\, s_t \right) + \beta\,
     \mathrm{KL}(\pi \| \pi_0), \qquad r_t = \pi_t / \pi^\mathrm{anchor}_t $$
 
     `train()` runs all rounds as one continuous run, at whose end the model is the distilled policy. There is one model
     in memory, no generation and no teacher's forward pass within a stage. The two stages and the signals are the
-    paper's; all formulas but SAPO's are our choice, see docs/erpd.md.
+    paper's; all formulas except SAPO's are our choice, see docs/erpd.md.
 
     Takes the arguments of [`~trl.GRPOTrainer`], in the same order; `args` may be a plain [`~trl.GRPOConfig`].
     The policies are measured on `eval_dataset` between the stages.
@@ -330,5 +330,5 @@ def stored_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     raise RuntimeError("The rewards are stored in train_dataset: pass reward_funcs to sample completions.")
 
 
-# The constructor takes what its parent takes: say so to help() and to editors
+# For help() and editors: the constructor takes the arguments of its parent
 ERPDTrainer.__init__.__signature__ = inspect.signature(PolicyLossTrainer.__init__)  # type: ignore[attr-defined]

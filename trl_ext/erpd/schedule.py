@@ -1,4 +1,4 @@
-"""What happens when in a run of ERPD: rounds, their phases, passes over the set, and each update's learning rate."""
+"""The schedule of a run of ERPD: rounds, their phases, passes over the set, and the learning rate of each update."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,26 +14,26 @@ from trl_ext.losses.erpd import SIGNALS
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Of one phase: its height, and its course over the phase's updates."""
+    """The learning rate of one phase: its peak, and its schedule over the updates of the phase."""
 
-    height: float
+    height: float  # the peak
     scheduler_type: str
-    warmup_steps: float  # a number of updates, or below 1 a share of them, as in transformers
+    warmup_steps: float  # a number of updates, or a share of them if below 1, as in transformers
 
     def factors(self, steps: int, scheduler_kwargs: dict | None) -> Callable[[int], float]:
-        """Update of the phase -> share of the height, as transformers has it."""
+        """Maps an update of the phase to a share of the peak, as transformers does."""
         warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(steps * self.warmup_steps)
-        # Some schedules have a floor in learning rate, which they divide by that of the optimizer
-        nobody = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.height)
+        # Some schedules have a minimum, which they divide by the learning rate of the optimizer
+        placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.height)
         schedule = get_scheduler(
-            self.scheduler_type, nobody, warmup, steps, scheduler_specific_kwargs=scheduler_kwargs or None
+            self.scheduler_type, placeholder, warmup, steps, scheduler_specific_kwargs=scheduler_kwargs or None
         )
         return schedule.lr_lambdas[0]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some passes over the set of one round that train one policy from the round's base policy."""
+    """Passes over the set of a round that train one policy, starting from the base policy of the round."""
 
     round: int  # from 1
     policy: str  # what is trained: "teacher", "unlearned" or "distilled"
@@ -49,7 +49,7 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """What is trained, for logs and files: unique within a round."""
+        """The name of the policy in logs and files, unique within a round."""
         return self.policy if self.stage == 2 else f"{self.policy}_{self.loss}"
 
 
@@ -90,7 +90,7 @@ class Schedule:
         return step >= self.steps or (step > 0 and self.at_step(step) != self.at_step(step - 1))
 
     def learning_rate(self, unit: float, scheduler_kwargs: dict | None = None) -> Callable[[int], float]:
-        """From the optimizer step to the learning rate, in multiples of `unit`; it starts anew in each phase."""
+        """Maps an optimizer step to the learning rate in multiples of `unit`. The schedule restarts in each phase."""
         pieces: list[tuple[int, float, Callable[[int], float]]] = []
         start = 0
         for phase in self.phases:
@@ -110,7 +110,7 @@ class Schedule:
 
 
 class LogWherePhasesEnd(TrainerCallback):
-    """So that no log mixes the end of one phase with the beginning of the next."""
+    """Logs at the end of each phase, so that no log mixes two phases."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -121,7 +121,7 @@ class LogWherePhasesEnd(TrainerCallback):
 
 
 class Teacher(NamedTuple):
-    """One teacher of stage 1, and what stage 2 takes of it."""
+    """One teacher of stage 1, and how stage 2 uses it."""
 
     loss: str
     signal: str
@@ -137,7 +137,7 @@ def teachers_of(args: GRPOConfig) -> list[Teacher]:
 
 
 def phases_of(args: GRPOConfig) -> list[Phase]:
-    """All phases of a run: in each round the policies that the signals need, then the distilled one."""
+    """All phases of a run: in each round the policies that the signals need, then the distilled policy."""
     height = args.learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
     extraction = LearningRate(height, args.extraction_lr_scheduler_type, args.extraction_warmup_steps)
     distillation = LearningRate(args.learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
@@ -152,10 +152,10 @@ def phases_of(args: GRPOConfig) -> list[Phase]:
 
 
 def as_list(value: str | list[str]) -> list[str]:
-    """Of a setting that may be one or several."""
+    """A setting that may be one value or several, as a list."""
     return [value] if isinstance(value, str) else list(value)
 
 
 def as_text(setting: Any) -> str:
-    """The string of a setting that may be an enumeration's member."""
+    """A setting that may be a member of an enumeration, as a string."""
     return str(getattr(setting, "value", setting))
