@@ -63,10 +63,6 @@ def next_token_logps(model, batch):
     return logits[:, length - 1 : -1].float().log_softmax(-1)
 
 
-@pytest.mark.supports("drpo", "vLLM server, weights by disk")
-@pytest.mark.supports("rlad", "vLLM server, weights by disk")
-@pytest.mark.supports("tropd", "vLLM server, weights by disk")
-@pytest.mark.supports("erpd", "vLLM server, weights by disk")
 def test_the_server_samples_from_the_model_that_is_trained(tmp_path, monkeypatch):
     path, served = (engine.save_policy(tmp_path / name) for name in ("policy", "served"))
 

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,10 +9,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -59,14 +59,15 @@ def serve(path: str, *flags: str, **environment: str) -> Iterator[str]:
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), *flags]
     with open(Path(path) / "server.log", "w") as log:
         environment = {**os.environ, **environment}
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         url = f"http://127.0.0.1:{port}"
         try:
             wait_for(url, server, Path(log.name))
             yield url
         finally:
-            with suppress(ProcessLookupError):  # with its engine, which outlives a server that is told to end
-                os.killpg(server.pid, signal.SIGKILL)
+            if server.poll() is None:  # with its engine, which outlives a server that is told to end
+                for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+                    process.kill()
             server.wait(60)
 
 
