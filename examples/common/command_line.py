@@ -48,7 +48,7 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
         **{name: value for name, value in defaults.items() if SUPERSEDED_BY.get(name) not in given}
     )
     # TRL's use of a deprecated name, which no setting avoids
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     script_args, training_args, model_args = parser.parse_args_and_config()
     # From the command line it is text, of which the trainer would take "True" for a folder's name
     switch = {"true": True, "false": None}

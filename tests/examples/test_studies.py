@@ -96,7 +96,9 @@ def test_runs_are_made_once_and_measured(tmp_path):
     assert "test" not in drpo
     assert [run["rollouts"] for run in (grpo, drpo, erpd)] == [32, 16, 256]
     assert [run["sampling_phases"] for run in (grpo, drpo, erpd)] == [2, 1, 1]
-    assert [policy["policy"] for policy in erpd["stages"][0]["policies"]] == ["base", "teacher_mse", "distilled"]
+    policies = [policy["policy"] for policy in erpd["stages"][0]["policies"]]
+    assert policies[:2] == ["base", "teacher_mse"]
+    assert policies[-1] == "distilled"
     assert erpd["validation"]["kl_to_base"] > 0
     assert start().returncode == 0
     assert len(runs.load_results("smoke", tmp_path)) == 3
