@@ -98,6 +98,8 @@ def check_reward_signatures(reward_funcs: Any, train_dataset: Any, args: Any) ->
     row_format = getattr(train_dataset, "format", None)
     transformed = isinstance(row_format, dict) and row_format.get("type") == "custom"
     known = columns if isinstance(columns, list) and not transformed and not args.remove_unused_columns else []
+    if {"reward", "rewards"} & set(known):  # stored rollouts: the function is called for held-out prompts only
+        return
     given = {*REWARD_KEYWORDS, *known} - {"prompt", "completion"}
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward, str | torch.nn.Module):
