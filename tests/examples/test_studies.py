@@ -97,8 +97,7 @@ def test_runs_are_made_once_and_measured(tmp_path):
     assert [run["rollouts"] for run in (grpo, drpo, erpd)] == [32, 16, 256]
     assert [run["sampling_phases"] for run in (grpo, drpo, erpd)] == [2, 1, 1]
     policies = [policy["policy"] for policy in erpd["stages"][0]["policies"]]
-    assert policies[:2] == ["base", "teacher_mse"]
-    assert policies[-1] == "distilled"
+    assert policies == ["base", "teacher_mse", "unlearned_mse", "distilled"]
     assert erpd["validation"]["kl_to_base"] > 0
     assert start().returncode == 0
     assert len(runs.load_results("smoke", tmp_path)) == 3
