@@ -49,6 +49,8 @@ def policies_table(log_history: list[dict[str, Any]]) -> str:
         [number, name_of(prefix), *("" if values[measure] is None else values[measure] for measure in MEASURES)]
         for number, _, prefix, values in measured_policies(log_history)
     ]
+    if not rows and any(log.get("fixed_set/skipped") for log in log_history):
+        return "No policy was measured: nothing could be learned from the rewards, and every round was skipped."
     return markdown_table(["round", "policy", *MEASURES.values()], rows)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments
 
+from common.erpd_report import policies_table
 from common.math_problems import gold_answer, load_problems, math_reward
 from embedded.arithmetic import compare_with_base, split_problems
 
@@ -85,7 +86,8 @@ def test_drpo_math_takes_flags_before_its_defaults(tmp_path, cache):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_drpo_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
-    problems = write_problems(tmp_path / "problems.jsonl")
+    problems = tmp_path / "problems.jsonl"  # that a random policy solves now and then
+    problems.write_text("\n".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i % 9}"}) for i in range(24)))
     path = tiny.save_policy(tmp_path / "policy")
     (tmp_path / "settings.yaml").write_text("max_steps: 2\nnum_iterations: 2\nbf16: false\nlogging_steps: 1\n")
     flags = ["--model_name_or_path", path, "--dataset_name", problems, "--config", "settings.yaml"]
@@ -305,15 +307,21 @@ def test_the_divergence_of_a_policy_from_itself_is_zero_and_of_another_is_not(ca
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_erpd_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
-    problems = write_problems(tmp_path / "problems.jsonl")
+    problems = tmp_path / "problems.jsonl"  # that a random policy solves now and then
+    problems.write_text("\n".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i % 9}"}) for i in range(24)))
     path = tiny.save_policy(tmp_path / "policy")
     (tmp_path / "settings.yaml").write_text("extraction_passes: 1\ndistillation_passes: 1\nbf16: false\n")
     flags = ["--model_name_or_path", path, "--dataset_name", problems, "--config", "settings.yaml"]
     flags += ["--max_completion_length", 8, "--num_held_out", 4, "--output_dir", "out", "--report_to", "none"]
     out = run("examples/erpd_math.py", tmp_path, cache, *flags, *(["--use_peft", "--lora_r", 2] if lora else []))
-    assert "Saved: out" in out  # a random policy earns no reward, so that the round is skipped
+    assert "distilled policy" in out
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "out" / weights).exists()
+
+
+def test_a_run_without_information_says_so_in_place_of_an_empty_table():
+    assert "every round was skipped" in policies_table([{"fixed_set/skipped": 1.0, "round": 1, "stage": 1}])
+    assert "every round was skipped" not in policies_table([])
 
 
 def test_erpd_math_on_two_processes(tmp_path, cache):
