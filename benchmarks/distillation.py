@@ -32,6 +32,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
 
+from common.console import ignore_deprecated_names
 from embedded.arithmetic import character_tokenizer
 from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.losses import tropd_loss
@@ -232,4 +233,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ignore_deprecated_names()
     main()

@@ -43,6 +43,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
 
+from common.console import ignore_deprecated_names
 from embedded.arithmetic import character_tokenizer
 from trl_ext import DRPOTrainer, RLADTrainer
 
@@ -227,4 +228,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ignore_deprecated_names()
     main()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import ModelConfig, TrlParser
+
+from common.console import ignore_deprecated_names
 
 
 # A default of ours -> the flag that, if given, removes it, because TRL reads that flag only without the default
@@ -47,8 +48,7 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     parser.set_defaults_with_config(
         **{name: value for name, value in defaults.items() if SUPERSEDED_BY.get(name) not in given}
     )
-    # TRL's use of a deprecated name, which no setting avoids
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    ignore_deprecated_names()
     script_args, training_args, model_args = parser.parse_args_and_config()
     # From the command line it is text, of which the trainer would take "True" for a folder's name
     switch = {"true": True, "false": None}

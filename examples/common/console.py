@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +39,8 @@ def quieten(trainer: Any, line: Line | None = None) -> None:
         trainer.add_callback(ProgressBar())
     if line is not None:
         trainer.add_callback(Lines(line))
+
+
+def ignore_deprecated_names() -> None:
+    """Hides the warnings of names that TRL uses and transformers deprecates: no setting avoids them."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

@@ -6,6 +6,10 @@ from trl.experimental.gkd import GKDTrainer
 
 
 logging.getLogger("trl.experimental.gkd").setLevel(logging.ERROR)  # it advises another trainer than the baseline
+# TRL passes it beside a generation config, which transformers deprecates and no setting avoids
+logging.getLogger("transformers.generation.utils").addFilter(
+    lambda record: "return_dict_in_generate" not in record.getMessage()
+)
 
 
 class SampledGKD(GKDTrainer):

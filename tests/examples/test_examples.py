@@ -21,7 +21,6 @@ from embedded.arithmetic import compare_with_base, split_problems
 
 
 ROOT = Path(__file__).parents[2]
-QUIET = ("examples/drpo_math.py", "examples/erpd_math.py")  # in their default runs, which are all ours
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +41,8 @@ def run(script, folder, cache, *flags, launch=()):
         timeout=600,
     )
     assert result.returncode == 0, "\n".join(result.stderr.splitlines()[-40:])
-    if script in QUIET and "--model_name_or_path" not in flags:
-        for noise in ("is deprecated", "pin_memory", "Experimental", "{'loss'"):
-            assert noise not in result.stderr + result.stdout
+    for noise in ("is deprecated", "pin_memory", "Experimental", "{'loss'"):
+        assert noise not in result.stderr + result.stdout
     return result.stdout
 
 
