@@ -84,8 +84,7 @@ def test_drpo_math_takes_flags_before_its_defaults(tmp_path, cache):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_drpo_math_with_a_model_and_problems_of_ones_own(tmp_path, cache, lora):
-    problems = tmp_path / "problems.jsonl"  # that a random policy solves now and then
-    problems.write_text("\n".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i % 9}"}) for i in range(24)))
+    problems = write_problems(tmp_path / "problems.jsonl")
     path = tiny.save_policy(tmp_path / "policy")
     (tmp_path / "settings.yaml").write_text("max_steps: 2\nnum_iterations: 2\nbf16: false\nlogging_steps: 1\n")
     flags = ["--model_name_or_path", path, "--dataset_name", problems, "--config", "settings.yaml"]
