@@ -135,6 +135,7 @@ class Course:
     last: float = math.nan
     worst: float = math.nan
     found_at: int | None = None  # the update
+    judged: bool = False  # whether there were ever enough values
 
 
 @dataclass(eq=False)
@@ -231,7 +232,9 @@ class TrainingDiagnosticsCallback(TrainerCallback):
         for check, course in self.courses.items():
             bound = getattr(self, check.threshold)
             allowed = "off" if bound is None else f"at {'least' if check.below else 'most'} {bound:g}"
-            verdict = "ok" if course.found_at is None else f"FAILED at step {course.found_at}"
+            verdict = "ok" if course.judged else f"not judged: fewer than {self.window} logs"
+            if course.found_at is not None:
+                verdict = f"FAILED at step {course.found_at}"
             lines.append(
                 f"  {check.label:<22} last {course.last:<6.3f} worst {course.worst:<6.3f} {allowed:<14} {verdict}"
             )
@@ -252,6 +255,7 @@ class TrainingDiagnosticsCallback(TrainerCallback):
         bound, mean = getattr(self, check.threshold), sum(course.recent) / len(course.recent)
         fails = bound is not None and (mean < bound if check.below else mean > bound)
         enough = len(course.recent) == self.window or "fixed_set/prompts" in logs  # of a whole set of ERPD, at once
+        course.judged |= enough
         if fails and enough and course.found_at is None:
             course.found_at = step
             remedy = check.extraction_remedy if logs.get("stage") == 1 and check.extraction_remedy else check.remedy

@@ -200,3 +200,10 @@ def test_a_check_is_switched_off_by_none_and_its_threshold_is_checked(setting, c
 def test_the_window_is_checked():
     with pytest.raises(ValueError, match="window=0 must be a whole number of at least 1"):
         TrainingDiagnosticsCallback(window=0)
+
+
+def test_a_check_with_too_few_values_is_not_called_ok():
+    diagnostics, state = TrainingDiagnosticsCallback(window=2, verbose=False), TrainerState()
+    for verdict in ("not judged: fewer than 2 logs", "FAILED at step 0"):
+        diagnostics.on_log(None, state, TrainerControl(), logs={"frac_reward_zero_std": 1.0})
+        assert diagnostics.summary().splitlines()[1].endswith(verdict)
