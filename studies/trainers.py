@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.gkd import GKDConfig
 
+from common.gkd import SampledGKD
 from studies.low_precision import LowPrecisionSampler
 from studies.measures import batches, sample
 from studies.runs import Stage
@@ -27,7 +28,6 @@ from trl_ext import (
     TrOPDConfig,
     TrOPDTrainer,
 )
-from trl_ext.tropd.prompts import PromptCollator
 
 
 class CorrectedGRPO(GRPOTrainer):
@@ -38,17 +38,6 @@ class CorrectedGRPO(GRPOTrainer):
         self.use_vllm = True
         self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
         self._last_loaded_step = -1
-
-
-class SampledGKD(GKDTrainer):
-    """TRL's own, on prompts; it otherwise divides its loss by the data set's number of completion tokens, here 0."""
-
-    def __init__(self, model: Any, teacher: Any, args: Any, processing_class: Any, **kwargs: Any):
-        collator = PromptCollator(processing_class, args.max_length, completions=args.lmbda < 1)
-        super().__init__(model, teacher, args, collator, processing_class=processing_class, **kwargs)
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        return None  # the mean over what was sampled
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,19 @@ def grpo_settings(output_dir: Path, **overrides: Any) -> dict[str, Any]:
     }
 
 
+def all_logps(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of every token at each position of the completions, of shape `(batch, time, vocabulary)`."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, batch["prompt_ids"].shape[1] - 1 : -1]
+    return (logits.float() / temperature).log_softmax(-1)
+
+
+def naive_logps(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of the completions from full logits: what every other way to compute them must equal."""
+    return all_logps(model, batch, temperature).gather(2, batch["completion_ids"][..., None]).squeeze(2)
+
+
 def rollout(prompts: list, trainer: Any) -> dict[str, list]:
     """
     A `rollout_func`: samples with `generate` and scores with another model, as an inference engine in low precision

@@ -21,14 +21,6 @@ def with_key(trainer, key):
     return [log for log in trainer.state.log_history if key in log]
 
 
-def naive_logps(model, batch, temperature=1.0):
-    """Log-probabilities of the completions from full logits."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, batch["prompt_ids"].shape[1] - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(2, batch["completion_ids"][..., None]).squeeze(2)
-
-
 class Recorder(ERPDTrainer):
     """Remembers the weights and the optimizer at both sides of each boundary."""
 

@@ -68,12 +68,7 @@ def stale_batch(trainer, sampler=False):
 
 def expected_loss(trainer, inputs, behaviour_logps):
     """DRPO on full logits, aggregated over all tokens as `dapo` does: what the trainer must equal."""
-    prompt_length = inputs["prompt_ids"].shape[1]
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, prompt_length - 1 : -1]
-    logits = logits / trainer.args.temperature
-    logps = logits.log_softmax(-1).gather(2, inputs["completion_ids"][..., None]).squeeze(2)
+    logps = tiny.naive_logps(trainer.model, inputs, trainer.args.temperature)
     mu = torch.where(behaviour_logps.isnan(), logps.detach(), behaviour_logps).exp()
     ratio = logps.exp() / mu
     advantages = inputs["advantages"][:, None]

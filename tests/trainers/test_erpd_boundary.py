@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from tiny_erpd import assert_equal, parameters
-from tiny_erpd_runs import Recorder, make_run, naive_logps, with_key
+from tiny_erpd_runs import Recorder, make_run, with_key
 
 from trl_ext import ERPDTrainer
 from trl_ext.erpd.stages import Stages
@@ -42,7 +42,7 @@ def test_boundary(path, tmp_path, lora):
     def score(weights):
         trainer.model.load_state_dict(weights, strict=False)
         with torch.no_grad():
-            return [naive_logps(trainer.model.eval(), batch, 0.8) for batch in begin[4]]
+            return [tiny.naive_logps(trainer.model.eval(), batch, 0.8) for batch in begin[4]]
 
     raw = [a - b for a, b in zip(score(trainer.record[1][2]), score(trainer.record[3][2]), strict=True)]
     tokens = torch.cat([r[b["completion_mask"].bool()] for r, b in zip(raw, begin[4], strict=True)])
@@ -67,7 +67,7 @@ def test_signals_of_two_teachers(path, tmp_path):
     def score(weights):
         trainer.model.load_state_dict(weights)
         with torch.no_grad():
-            return [naive_logps(trainer.model.eval(), batch) for batch in batches]
+            return [tiny.naive_logps(trainer.model.eval(), batch) for batch in batches]
 
     base, teacher, unlearned = (score(trainer.record[i][2]) for i in (0, 1, 3))
     masks = [batch["completion_mask"] for batch in batches]

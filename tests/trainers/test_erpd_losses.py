@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from tiny_erpd_runs import make_run, naive_logps
+from tiny_erpd_runs import make_run
 
 from trl_ext import ERPDTrainer
 
@@ -62,7 +62,7 @@ def test_sequence_losses_are_the_mean_over_sequences(halfway, extraction_loss, u
     signal = "unlearned_teacher" if unlearned else "teacher"
     trainer = halfway(extraction_loss=extraction_loss, signal=signal, extraction_beta=0.3)
     inputs = batch_of_phase(trainer, 0)
-    logps = naive_logps(trainer.model, inputs, 0.8)
+    logps = tiny.naive_logps(trainer.model, inputs, 0.8)
     log_ratio = ((logps - inputs["base_logps"]) * inputs["completion_mask"]).sum(1)
     if extraction_loss == "ce":
         targets = 1 - inputs["rewards"] if unlearned else inputs["rewards"]
@@ -79,7 +79,7 @@ def test_sequence_losses_are_the_mean_over_sequences(halfway, extraction_loss, u
 def test_stage_1_ignores_what_is_stage_2s(halfway):
     trainer = halfway(beta=0.5, top_entropy_quantile=0.3, entropy_coef=0.7)
     inputs = batch_of_phase(trainer, 0)
-    logps = naive_logps(trainer.model, inputs, 0.8)
+    logps = tiny.naive_logps(trainer.model, inputs, 0.8)
     log_ratio = ((logps - inputs["base_logps"]) * inputs["completion_mask"]).sum(1)
     p = torch.sigmoid(0.5 * log_ratio)
     losses = -(inputs["rewards"] * p.log() + (1 - inputs["rewards"]) * (1 - p).log())
@@ -95,7 +95,7 @@ def test_sapo_is_against_the_policy_that_sampled(halfway):
     sampler_logps = trainer._stages.fixed_set.batches[0]["sampling_per_token_logps"]
     assert sampler_logps.isnan().any()
     reference = torch.where(sampler_logps.isnan(), inputs["base_logps"], sampler_logps)
-    ratio = (naive_logps(trainer.model, inputs, 0.8) - reference).exp()
+    ratio = (tiny.naive_logps(trainer.model, inputs, 0.8) - reference).exp()
     advantages, mask = inputs["advantages"][:, None], inputs["completion_mask"]
     tau = torch.where(advantages > 0, 1.5, 1.05)
     losses = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
@@ -107,7 +107,7 @@ def test_distillation_is_a_token_advantage_in_a_trust_region(halfway, trust_regi
     trainer = halfway(trust_region=trust_region, beta=0.3, outcome_advantage_weight=0.4, epsilon_high=0.3)
     inputs = batch_of_phase(trainer, 4)
     assert inputs["signal"].abs().sum() > 1
-    logps, mask = naive_logps(trainer.model, inputs, 0.8), inputs["completion_mask"]
+    logps, mask = tiny.naive_logps(trainer.model, inputs, 0.8), inputs["completion_mask"]
     base, anchor = inputs["base_logps"], inputs["old_per_token_logps"]
     assert torch.equal(base, anchor)  # in the first pass
     advantages = inputs["signal"] + 0.4 * inputs["advantages"][:, None]

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from tiny_erpd import assert_equal, parameters, right_or_wrong
-from tiny_erpd_runs import Recorder, make_run, naive_logps, with_key
+from tiny_erpd_runs import Recorder, make_run, with_key
 from tiny_erpd_trainer import hand_made_batch, make_trainer
 
 from trl_ext.erpd.fixed_set import FixedSet
@@ -198,7 +198,7 @@ def test_divergence_and_entropy_are_those_of_full_distributions(path, tmp_path, 
         for weights in (final, start):
             trainer.model.load_state_dict(weights)
             with torch.no_grad():
-                results.append(naive_logps(trainer.model.eval(), sample))
+                results.append(tiny.naive_logps(trainer.model.eval(), sample))
         assert torch.allclose(results[0][mask], sample["logps"][mask], atol=1e-4)  # the distilled policy's samples
         sums["kl"] += (results[0] - results[1])[mask].sum().item()
         sums["entropy"] += sample["entropies"][mask].sum().item()
@@ -232,7 +232,9 @@ def test_measures_on_the_set_without_held_out_prompts(path, tmp_path):
     kl = tokens = good = count = 0.0
     for batch in batches:
         with torch.no_grad():
-            difference = (batch["base_logps"] - naive_logps(trainer.model.eval(), batch)) * batch["completion_mask"]
+            difference = (batch["base_logps"] - tiny.naive_logps(trainer.model.eval(), batch)) * batch[
+                "completion_mask"
+            ]
         kl += difference.sum().item()
         tokens += batch["completion_mask"].sum().item()
         good -= difference.sum(1)[batch["advantages"] > 0].sum().item()

@@ -39,20 +39,6 @@ def rollout_batch(trainer):
     return trainer._prepare_inputs([trainer.train_dataset[i // 4] for i in range(8)])
 
 
-def full_logps(model, batch, temperature=1.0):
-    """The same log-probabilities from full logits."""
-    length = batch["prompt_ids"].shape[1]
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, length - 1 : -1].float() / temperature
-    return logits.log_softmax(-1)
-
-
-def sampled(logps, batch):
-    return logps.gather(2, batch["completion_ids"][..., None]).squeeze(2)
-
-
 def train_and_compare(ours, theirs):
     for trainer in (ours, theirs):
         torch.manual_seed(0)
@@ -89,8 +75,8 @@ def test_loss_of_the_objective(path, teacher_path, tmp_path, distillation, regio
     batch["old_per_token_logps"] = batch["old_per_token_logps"] + 0.3 * noise
     loss = trainer.compute_loss(trainer.model, batch)
 
-    student = sampled(full_logps(trainer.model, batch, 0.7), batch)
-    teacher = sampled(full_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7), batch)
+    student = tiny.naive_logps(trainer.model, batch, 0.7)
+    teacher = tiny.naive_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7)
     old, advantages, mask = batch["old_per_token_logps"], batch["advantages"][:, None], batch["completion_mask"]
     log_ratio = student - old
     if "trrd" in distillation:
@@ -147,7 +133,7 @@ def test_reward_guided_masking(path, teacher_path, tmp_path, mask):
     base.current_gradient_accumulation_steps = 1
     base.model.train()
     penalty = trainer.compute_loss(trainer.model, batch) - base.compute_loss(base.model, batch)
-    student = sampled(full_logps(trainer.model, batch), batch)
+    student = tiny.naive_logps(trainer.model, batch)
     teacher = batch["teacher_per_token_logps"]
     tokens = batch["completion_mask"]
     expected = 10 * (0.5 * (teacher - student) ** 2 * tokens * distilled[:, None]).sum() / tokens.sum()
@@ -177,7 +163,7 @@ def test_teacher_forms_give_the_same_scores(path, teacher_path, tmp_path, form):
     settings = {"teacher_model_name_or_path": teacher_path} if form == "config" else {}
     trainer = make_trainer(path, tmp_path, teacher, temperature=0.7, **settings)
     batch = rollout_batch(trainer)
-    expected = sampled(full_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7), batch)
+    expected = tiny.naive_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7)
     mask = batch["completion_mask"].bool()
     torch.testing.assert_close(batch["teacher_per_token_logps"][mask], expected[mask], rtol=1e-4, atol=1e-5)
 
@@ -187,7 +173,7 @@ def test_top_k_of_the_next_token(path, teacher_path, tmp_path, batch_size):
     trainer = make_trainer(path, tmp_path, teacher_path, temperature=0.7)
     batch = rollout_batch(trainer)
     scores = trainer.teacher.next_tokens(batch, 5, batch_size)
-    expected = full_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7).topk(5)
+    expected = tiny.all_logps(AutoModelForCausalLM.from_pretrained(teacher_path), batch, 0.7).topk(5)
     mask = batch["completion_mask"].bool()
     torch.testing.assert_close(scores.top_k_logps[mask], expected.values[mask], rtol=1e-4, atol=1e-5)
     assert torch.equal(scores.top_k_ids[mask], expected.indices[mask])
@@ -261,11 +247,14 @@ def test_adapter_teacher(path, tmp_path):
     )
     batch = rollout_batch(trainer)
     mask = batch["completion_mask"].bool()
-    expected = sampled(full_logps(reference, batch), batch)
+    expected = tiny.naive_logps(reference, batch)
     torch.testing.assert_close(batch["teacher_per_token_logps"][mask], expected[mask], rtol=1e-4, atol=1e-5)
     scores = trainer.teacher.next_tokens(batch, 3, 8)
     torch.testing.assert_close(
-        scores.top_k_logps[mask], full_logps(reference, batch).topk(3).values[mask], rtol=1e-4, atol=1e-5
+        scores.top_k_logps[mask],
+        tiny.all_logps(reference, batch).topk(3).values[mask],
+        rtol=1e-4,
+        atol=1e-5,
     )
     assert trainer.model.training
     assert trainer.model.active_adapters == ["default"]

@@ -121,11 +121,8 @@ def rollout_batch(trainer):
 
 
 def expected_logps(server, batch):
-    length = batch["prompt_ids"].shape[1]
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     with torch.no_grad():
-        return server.model(input_ids=ids, attention_mask=mask).logits[:, length - 1 : -1].log_softmax(-1)
+        return tiny.all_logps(server.model, batch)
 
 
 def test_scores_and_top_k_of_unequal_completions(path, tmp_path, server):
