@@ -32,6 +32,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
 
+from common.command_line import checkpointing
 from common.console import ignore_deprecated_names
 from embedded.arithmetic import character_tokenizer
 from trl_ext import TrOPDConfig, TrOPDTrainer
@@ -140,7 +141,7 @@ def step_measurement(name: str, flags: argparse.Namespace, student: Any) -> tupl
     settings: dict[str, Any] = {
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_available(),
-        "gradient_checkpointing": flags.gradient_checkpointing,
+        **checkpointing(GKDConfig, flags.gradient_checkpointing),
         "per_device_train_batch_size": flags.batch_size,
         "gradient_accumulation_steps": 2,
         "max_new_tokens": flags.length,

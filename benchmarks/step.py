@@ -43,6 +43,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the embedded task
 
+from common.command_line import checkpointing
 from common.console import ignore_deprecated_names
 from embedded.arithmetic import character_tokenizer
 from trl_ext import DRPOTrainer, RLADTrainer
@@ -159,7 +160,7 @@ def measure(
                 output_dir=output_dir,
                 use_cpu=not torch.cuda.is_available(),
                 bf16=torch.cuda.is_available(),
-                gradient_checkpointing=flags.gradient_checkpointing,
+                **checkpointing(GRPOConfig, flags.gradient_checkpointing),
                 per_device_train_batch_size=flags.batch_size,
                 num_generations=flags.batch_size,
                 steps_per_generation=MINI_BATCHES,

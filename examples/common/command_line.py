@@ -60,9 +60,13 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
 def quiet_defaults(config_class: Any, embedded: bool) -> dict[str, Any]:
     """Settings that mean what TRL's defaults mean (without checkpointing in the embedded task), but do not warn."""
     defaults: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
+    return {**defaults, **checkpointing(config_class, not embedded)}
+
+
+def checkpointing(config_class: Any, wanted: bool) -> dict[str, bool]:
+    """The setting under the name that transformers has for it, without the warning of its former name."""
     names = {field.name for field in fields(config_class)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return {**defaults, checkpointing: not embedded}
+    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": wanted}
 
 
 def help_text(script_class: Any, config_class: Any, embedded_defaults: dict[str, Any], trl: bool = False) -> str:

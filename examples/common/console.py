@@ -41,6 +41,9 @@ def quieten(trainer: Any, line: Line | None = None) -> None:
         trainer.add_callback(Lines(line))
 
 
+TRLS_NAMES = "is_gradient_checkpointing|gradient_checkpointing_enable|gradient_checkpointing_disable"
+
+
 def ignore_deprecated_names() -> None:
     """Hides the warnings of names that TRL uses and transformers deprecates: no setting avoids them."""
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=f"`({TRLS_NAMES})` is deprecated", category=FutureWarning)
