@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -105,6 +106,20 @@ def check_values(args: Any, config_class: type) -> None:
                 f"{setting.name}={value!r} has the wrong type ({type(value).__name__}): set it to "
                 f"{_in_words(hints[setting.name])}."
             )
+        if setting.name in own and isinstance(value, str) and dict in map(get_origin, get_args(hints[setting.name])):
+            _check_json(setting.name, value)
+
+
+def _check_json(name: str, text: str) -> None:
+    """Raises a `ValueError` where the text of a setting that is a dictionary is not the JSON that TRL would parse."""
+    try:
+        fault = None if isinstance(json.loads(text), dict) else "it is not an object"
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise ValueError(
+            f'{name}={text!r} is not a dictionary in JSON ({fault}): write it like \'{{"dtype": "float32"}}\'.'
+        )
 
 
 _KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {

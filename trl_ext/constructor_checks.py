@@ -30,6 +30,15 @@ def check_processing_class(processing_class: Any) -> None:
         )
 
 
+def check_data_collator(data_collator: Any) -> None:
+    """Raises a `TypeError` for what cannot be called with a list of rows."""
+    if data_collator is not None and not callable(data_collator):
+        raise TypeError(
+            f"`data_collator` must be a function of a list of rows, got {_kind(data_collator)}: leave it out, or pass "
+            "one that returns batches with the keys of GKDTrainer's."
+        )
+
+
 def check_training_arguments(
     args: TrainingArguments, eval_dataset: Any, callbacks: Any, optimizers: Any, peft_config: Any
 ) -> None:

@@ -110,6 +110,7 @@ OWN = {
         ({"teacher_model": NOTHING}, "needs a teacher: pass teacher_model="),
         ({"args": config("drpo")}, "DRPOConfig.*: create it with TrOPDConfig"),
         ({"compute_metrics": print}, "leave them out, and read eval_loss"),
+        ({"data_collator": 3}, "`data_collator` must be a function of a list of rows, got an int: leave it out"),
         ({"preprocess_logits_for_metrics": print}, "leave them out, and read eval_loss"),
         ({"formatting_func": print}, "make a 'prompt' column"),
         ({"settings": {"lmbda": 0.5}}, "needs completions, .*: add a 'completion' column, or set lmbda=1.0"),

@@ -87,6 +87,8 @@ OWN = {
         ({"teacher_server_timeout": "1"}, "set it to a number|must be a number"),
         ({"teacher_model_server_url": 8000}, "set it to a string or None"),
         ({"teacher_model_init_kwargs": [1]}, "set it to a dictionary or a string or None"),
+        ({"teacher_model_init_kwargs": '{"dtype": float32}'}, "not a dictionary in JSON .*: write it like"),
+        ({"teacher_model_init_kwargs": "float32"}, "not a dictionary in JSON .*: write it like"),
         ({"trust_region": "kl"}, "is unknown: set it to one of"),
     ],
     "erpd": [
@@ -144,8 +146,10 @@ OWN = {
         ({"guidance_share": 2.0}, "between 0 and 1"),
         ({"eopd_top_k": 0}, "set it to 1 or more"),
         ({"eopd_entropy_threshold": None}, "set it to a number"),
+        ({"eopd_entropy_threshold": -1.0}, "is below every entropy: set it to 0 nats or more"),
         ({"reopold_floor": 1.0}, "set it to 0 nats or less"),
         ({"reopold_switch_step": 1.5}, "set it to a whole number or None"),
+        ({"reopold_switch_step": -1}, "is not an optimizer step: set it to 0 or more, or to None"),
         ({"reopold_top_entropy_share": -0.2}, "between 0 and 1"),
         ({"max_new_tokens": 0}, "set it to 1 or more"),
         ({"max_length": 0}, "set it to 1 or more, or to None"),
@@ -156,6 +160,10 @@ OWN = {
         ({"train_sampling_strategy": "group_by_length"}, "set it to 'random' or 'sequential'"),
         ({"vllm_mode": "remote"}, "set it to one of 'colocate', 'server'"),
         ({"teacher_server_timeout": 0}, "must be a number above 0"),
+        (
+            {"teacher_model_init_kwargs": '["float32"]'},
+            "not a dictionary in JSON .it is not an object.",
+        ),
     ],
 }
 CASES = [(method, *case) for method, cases in OWN.items() for case in cases]

@@ -54,8 +54,14 @@ def check_tropd_args(args: Any) -> None:
     for name, learned in {"guidance_coef": "the prefixes", "outlier_clip_coef": "what the teacher prefers"}.items():
         if not 0 <= getattr(args, name) < float("inf"):
             raise ValueError(f"{name}={getattr(args, name)} would unlearn {learned}: set it to 0 or more.")
-    if args.guidance_max_length is not None and args.guidance_max_length < 0:
-        raise ValueError(f"guidance_max_length={args.guidance_max_length} is not a length: set it to 0 or more.")
+    for name, kind in {"guidance_max_length": "a length", "reopold_switch_step": "an optimizer step"}.items():
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name}={value} is not {kind}: set it to 0 or more, or to None.")
+    if not args.eopd_entropy_threshold >= 0:
+        raise ValueError(
+            f"eopd_entropy_threshold={args.eopd_entropy_threshold} is below every entropy: set it to 0 nats or more."
+        )
     for name in ("outlier_clip_floor", "reopold_floor"):
         if not getattr(args, name) <= 0:
             raise ValueError(

@@ -22,7 +22,12 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, repeat_iterable_dataset
 
 from trl_ext.arguments import as_config, check_sharded_adapter
-from trl_ext.constructor_checks import check_model, check_processing_class, check_training_arguments
+from trl_ext.constructor_checks import (
+    check_data_collator,
+    check_model,
+    check_processing_class,
+    check_training_arguments,
+)
 from trl_ext.diagnostics import report_after_diagnostics
 from trl_ext.losses import least_of_top_share, longest_prefix
 from trl_ext.metrics import TokenMetrics
@@ -134,6 +139,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         check_model(model, name)
         args = as_config(args, TrOPDConfig, model, self._name)
         check_processing_class(processing_class)
+        check_data_collator(data_collator)
         check_training_arguments(args, eval_dataset, callbacks, optimizers, peft_config)
         check_tropd_args(args)
         needs = None
