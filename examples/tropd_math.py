@@ -33,7 +33,6 @@ from embedded import tasks
 from embedded.arithmetic import TOKENS_PER_DIGIT
 from embedded.arithmetic_policy import Recipe
 from trl_ext import TrainingDiagnosticsCallback, TrOPDConfig, TrOPDTrainer
-from trl_ext.tropd.prompts import PromptCollator
 
 
 STUDENTS = {
@@ -113,11 +112,8 @@ def make_trainer(method: str | None, args: TrOPDConfig, task: Task, model: Any, 
         "callbacks": [TrainingDiagnosticsCallback()],
         "peft_config": peft_config,
     }
-    if method != "gkd":
-        return TrOPDTrainer(model, teacher, **arguments)
-    # On the same prompts; its divergence is over the whole vocabulary
-    collator = PromptCollator(task.tokenizer, args.max_length, completions=args.lmbda < 1)
-    return SampledGKD(model, teacher, data_collator=collator, **arguments)
+    trainer = SampledGKD if method == "gkd" else TrOPDTrainer  # GKD's divergence is over the whole vocabulary
+    return trainer(model, teacher, **arguments)
 
 
 def measure(trainer: Any, args: TrOPDConfig, task: Task, accuracy: Any) -> dict[str, float]:

@@ -46,13 +46,18 @@ def gkd(beta: float) -> Method:
 
 
 def runs(
-    methods: Iterable[Method], pairs: Iterable[str], updates: dict[str, int] = UPDATES, seed: int = 0, **others: Any
+    methods: Iterable[Method],
+    pairs: Iterable[str],
+    updates: dict[str, int] = UPDATES,
+    seed: int = 0,
+    times_rate: float = 1.0,
+    **others: Any,
 ) -> list[Run]:
-    """Each method on each of the pairs."""
+    """Each method on each of the pairs, at `times_rate` times the pair's learning rate."""
     return [
         run(
             method,
-            {**settings, "learning_rate": LEARNING_RATES[pair], "max_steps": updates[pair]},
+            {**settings, "learning_rate": round(times_rate * LEARNING_RATES[pair], 8), "max_steps": updates[pair]},
             **PAIRS[pair],
             seed=seed,
             **others,
@@ -62,57 +67,48 @@ def runs(
     ]
 
 
-FORWARD_KL = outliers("forward_kl")
-OPD = objective("opd")
+BOTH, FORWARD_KL, OPD, JSD = both(-1.0, 1.0), outliers("forward_kl"), objective("opd"), gkd(0.5)
+METHODS: dict[str, Method] = {
+    "TrOPD, forward KL and clip at -1": BOTH,
+    "TrOPD, forward KL and clip at -2": both(-2.0, 1.0),
+    "TrOPD, forward KL and 2 x clip at -1": both(-1.0, 2.0),
+    "TrOPD, forward KL and 0.3 x clip at -1": both(-1.0, 0.3),
+    "TrOPD, forward KL and clip at -1, expected region": both(-1.0, 1.0, trust_region="expected"),
+    "TrOPD, forward KL (the paper's)": FORWARD_KL,
+    "TrOPD, clip at -1": outliers("clip", -1.0),
+    "TrOPD, clip at -5": outliers("clip", -5.0),
+    "OPD": OPD,
+    "EOPD": objective("eopd"),
+    "REOPOLD": objective("reopold"),
+    "GKD, JSD (whole vocabulary)": JSD,
+}
+FINALISTS = [BOTH, FORWARD_KL, OPD, JSD]
 SHORT: dict[str, Any] = {"updates": FEWER_UPDATES, "final": False, "group": "search"}
 SEARCH = [
-    *runs(
-        [both(-1.0, 1.0), both(-2.0, 1.0), both(-3.0, 1.0), both(-2.0, 0.3), FORWARD_KL, OPD], FEWER_UPDATES, **SHORT
-    ),
-    *runs([both(-1.0, 0.3), gkd(0.5)], ("reliable",), **SHORT),
+    *runs([BOTH, both(-2.0, 1.0), both(-3.0, 1.0), both(-2.0, 0.3), FORWARD_KL, OPD], FEWER_UPDATES, **SHORT),
+    *runs([both(-1.0, 0.3), JSD], ("reliable",), **SHORT),
 ]
-BOTH, BOTH_LOWER = both(-1.0, 1.0), both(-2.0, 1.0)
-FINALISTS = [BOTH, BOTH_LOWER, FORWARD_KL, OPD, gkd(0.5)]
-OTHERS = [
-    both(-1.0, 1.0, trust_region="expected"),
-    both(-1.0, 2.0),
-    both(-1.0, 0.3),
-    outliers("clip", -1.0),
-    outliers("clip", -5.0),
-    objective("eopd"),
-    objective("reopold"),
+SEARCH_OF_RATES = [
+    *runs(FINALISTS, ("reliable",), times_rate=3.0, group="learning rate"),
+    *runs(FINALISTS, ("otherwise",), times_rate=0.3, group="learning rate"),
 ]
 BASE: Method = "tropd", {"objective": "opd"}  # 0 updates
 NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
     *SEARCH,
+    *SEARCH_OF_RATES,
     *runs([BASE], PAIRS, NO_UPDATES, group="base"),
     *runs(FINALISTS, PAIRS, group="finalists"),
-    *runs(OTHERS, ("reliable", "otherwise"), group="others"),
+    *runs(METHODS.values(), ("reliable", "otherwise"), group="others"),
     *runs(FINALISTS, PAIRS, seed=1, group="finalists"),
     *runs(FINALISTS, PAIRS, seed=2, group="finalists"),
-]
-
-NAMES: list[tuple[str, Method]] = [
-    ("TrOPD, forward KL and clip at -1", BOTH),
-    ("TrOPD, forward KL and clip at -2", BOTH_LOWER),
-    ("TrOPD, forward KL and 2 x clip at -1", OTHERS[1]),
-    ("TrOPD, forward KL and 0.3 x clip at -1", OTHERS[2]),
-    ("TrOPD, forward KL and clip at -1, expected region", OTHERS[0]),
-    ("TrOPD, forward KL (the paper's)", FORWARD_KL),
-    ("TrOPD, clip at -1", OTHERS[3]),
-    ("TrOPD, clip at -5", OTHERS[4]),
-    ("OPD", OPD),
-    ("EOPD", OTHERS[5]),
-    ("REOPOLD", OTHERS[6]),
-    ("GKD, JSD (whole vocabulary)", gkd(0.5)),
 ]
 MEASURES = ("accuracy", "accuracy_greedy", "kl_to_teacher")
 
 
 def rows_of(pair: str) -> dict[str, Run]:
     before = {"before": runs([BASE], (pair,), NO_UPDATES)[0]}
-    return before | {name: runs([method], (pair,))[0] for name, method in NAMES}
+    return before | {name: runs([method], (pair,))[0] for name, method in METHODS.items()}
 
 
 def results_on(pair: str) -> str:
@@ -123,7 +119,7 @@ def search() -> str:
     """On the validation problems."""
     methods = [
         ("forward KL and clip at -1", BOTH),
-        ("forward KL and clip at -2", BOTH_LOWER),
+        ("forward KL and clip at -2", both(-2.0, 1.0)),
         ("forward KL and clip at -3", both(-3.0, 1.0)),
         ("forward KL and 0.3 x clip at -2", both(-2.0, 0.3)),
         ("forward KL", FORWARD_KL),

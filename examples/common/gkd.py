@@ -2,7 +2,9 @@
 
 import logging
 
-from trl.experimental.gkd import GKDTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from trl_ext.tropd.prompts import PromptCollator
 
 
 logging.getLogger("trl.experimental.gkd").setLevel(logging.ERROR)  # it advises another trainer than the baseline
@@ -13,7 +15,14 @@ logging.getLogger("transformers.generation.utils").addFilter(
 
 
 class SampledGKD(GKDTrainer):
-    """TRL's own, except that its loss is the mean over what was sampled, because the data set has no completions."""
+    """
+    TRL's own on data sets without completions: its collator would ask for `messages`, and its loss be divided by the
+    data set's number of completion tokens. Here the loss is the mean over the tokens that were sampled.
+    """
+
+    def __init__(self, model, teacher, args: GKDConfig, processing_class, **arguments):
+        collator = PromptCollator(processing_class, args.max_length, completions=args.lmbda < 1)
+        super().__init__(model, teacher, args, collator, processing_class=processing_class, **arguments)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         return None
