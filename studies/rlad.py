@@ -71,7 +71,7 @@ def wide(variants: dict[str, Variant], task: str) -> dict[str, Run]:
 
 # What is chosen is chosen on the validation problems, from one seed, and reported with others on the test problems
 FINALISTS = ("TRRD and KDRL, alpha grows to 1", "KDRL", "GRPO", "RLAD, the paper's TRRD", "TRRD, alpha grows to 1")
-RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
+RATES = {"sums": (2.5e-5, 5e-5, 1e-4), "puzzles": (5e-5, 1e-4, 2e-4)}
 
 
 def at_rate(name: str, rate: float, **others: Any) -> Run:
@@ -82,8 +82,8 @@ def at_rate(name: str, rate: float, **others: Any) -> Run:
 
 SEARCH_OF_RATES = [
     at_rate(name, rate, task=task, seed=42, group="learning rate", final=False)
-    for rate in (1e-4, 2e-4, 2.5e-5)
-    for task in TASKS
+    for task, rates in RATES.items()
+    for rate in rates
     for name in FINALISTS
 ]
 FINAL = with_seeds(

@@ -10,10 +10,10 @@ RUNS = [
     run("grpo", TINY, curve_every=1, group="quick"),
     run("drpo", {**TINY, "num_iterations": 2}, sampler="8 bits", group="quick", final=False),
     run("erpd", {**ERPD, "extraction_loss": "mse"}, group="quick"),
+    run("gkd", {**TINY, "lmbda": 1.0}, teacher="pupil", group="quick", final=False),  # its own teacher: none to make
     Run((Stage("sft", {**TINY, "teacher_samples": 32}), Stage("grpo", TINY)), teacher="teacher", group="taught"),
     run("grpo_corrected", {**TINY, "vllm_importance_sampling_mode": "token_truncate"}, sampler="4 bits"),
     run("rlad", TINY, teacher="teacher", group="taught"),
     run("tropd", TINY, teacher="places", group="taught"),
-    run("gkd", {**TINY, "lmbda": 1.0, "temperature": 1.0}, teacher="places", group="taught"),
     run("drpo", TINY, task="puzzles", group="puzzles"),
 ]

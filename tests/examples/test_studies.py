@@ -88,16 +88,18 @@ def test_runs_are_made_once_and_measured(tmp_path):
 
     first = start()
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    grpo, drpo, erpd = runs.load_results("smoke", tmp_path)
+    grpo, drpo, erpd, gkd = runs.load_results("smoke", tmp_path)
     assert [point["update"] for point in grpo["stages"][0]["curve"]] == [1, 2]
     assert grpo["test"].keys() == drpo["validation"].keys() == {
         "accuracy", "accuracy_greedy", "kl_to_base", "entropy", "length"
     }  # fmt: skip
     assert "test" not in drpo
-    assert [run["rollouts"] for run in (grpo, drpo, erpd)] == [32, 16, 256]
-    assert [run["sampling_phases"] for run in (grpo, drpo, erpd)] == [2, 1, 1]
+    validation = gkd["validation"]  # its teacher is its base: one KL per sequence, the other per token
+    assert 0 < validation["kl_to_base"] == pytest.approx(validation["kl_to_teacher"] * validation["length"], rel=0.02)
+    assert [run["rollouts"] for run in (grpo, drpo, erpd, gkd)] == [32, 16, 256, 32]
+    assert [run["sampling_phases"] for run in (grpo, drpo, erpd, gkd)] == [2, 1, 1, 2]
     policies = [policy["policy"] for policy in erpd["stages"][0]["policies"]]
     assert policies == ["base", "teacher_mse", "unlearned_mse", "distilled"]
     assert erpd["validation"]["kl_to_base"] > 0
     assert start().returncode == 0
-    assert len(runs.load_results("smoke", tmp_path)) == 3
+    assert len(runs.load_results("smoke", tmp_path)) == 4
