@@ -177,7 +177,7 @@ def test_what_the_advice_makes_of_messages_are_the_prompts():
 )
 def test_an_empty_dataset_is_refused(dataset):
     for name in ("train_dataset", "eval_dataset"):
-        with pytest.raises(ValueError, match=f"`{name}` has no rows: see whether its file is empty"):
+        with pytest.raises(ValueError, match=f"`{name}` has no rows: check whether its file is empty"):
             check_prompt_column("DRPOTrainer", **{"train_dataset": tiny.prompts(), name: dataset})
 
 
@@ -300,7 +300,7 @@ def refused(situation, *trainers):
     return [pytest.mark.supports(trainer, situation, refused=True) for trainer in trainers]
 
 
-FSDP1 = "FSDP1, with which PEFT saves an empty one: set fsdp_version to 2"
+FSDP1 = "FSDP1, because PEFT then saves an empty one: set fsdp_version to 2"
 HEAD = "cannot train the LM head .* remove it from modules_to_save"
 
 

@@ -57,7 +57,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
 def test_rollouts_may_be_deleted(tmp_path):
     folder = checkpoint(tmp_path / "checkpoint-8")
     cut(folder / "rollouts_0.safetensors", 0.5)
-    with pytest.raises(ValueError, match="or delete that file to sample the rollouts in use anew"):
+    with pytest.raises(ValueError, match="or delete that file to sample new rollouts"):
         check_checkpoint(str(folder))
     (folder / "rollouts_0.safetensors").unlink()
     check_checkpoint(str(folder))

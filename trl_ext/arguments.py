@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-# Values with which a sampler leaves the distribution of the model as it is
+# Values that leave the sampler's distribution equal to the model's
 NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1.0),
     "top_k": (None, 0, -1),
@@ -88,8 +88,8 @@ def library_config(config_class: type) -> type:
 
 def check_values(args: Any, config_class: type) -> None:
     """
-    Raises a `ValueError` where a setting that this package defines has another type than it declares, or one of TRL's
-    is out of its range. To be called before TRL's own `__post_init__`, which computes with them.
+    Raises a `ValueError` if one of this package's settings does not have its declared type, or one of TRL's is out of
+    range. Call it before TRL's `__post_init__`, which computes with them.
     """
     check_ranges(args, GRPO if issubclass(config_class, GRPOConfig) else TRAINING)
     own = {
@@ -139,7 +139,7 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = get_origin(hint) or hint
     if kind not in _KINDS:
         return True
-    if isinstance(value, bool) and kind is not bool:  # which Python counts among the numbers
+    if isinstance(value, bool) and kind is not bool:  # to Python, a bool is an int
         return False
     fits = isinstance(value, _KINDS[kind][0])
     return fits and (kind is not list or all(_fits(item, get_args(hint)[0]) for item in value))
@@ -158,7 +158,7 @@ def trl_config(config_class: type) -> type:
 
 
 def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
-    """Raises a `ValueError` for the settings of GRPO that a per-token policy loss of our own cannot honour."""
+    """Raises a `ValueError` for GRPO settings that our per-token policy losses cannot honour."""
     if args.importance_sampling_level != "token":
         raise ValueError(
             f"{owner} has one ratio per token and cannot use importance_sampling_level="
@@ -173,8 +173,8 @@ def check_policy_loss_args(args: GRPOConfig, owner: str) -> None:
 
 def check_sharded_adapter(trainer: Trainer, fused_head: bool) -> None:
     """
-    Raises a `ValueError` for adapters that FSDP would not train or save correctly. To be called at the end of a
-    trainer's constructor.
+    Raises a `ValueError` for adapters that FSDP would not train or save correctly. Call it at the end of a trainer's
+    constructor.
 
     Args:
         fused_head (`bool`):
@@ -186,7 +186,7 @@ def check_sharded_adapter(trainer: Trainer, fused_head: bool) -> None:
     name = type(trainer).__name__
     if trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
-            f"{name} cannot train an adapter under FSDP1, with which PEFT saves an empty one: set fsdp_version to 2."
+            f"{name} cannot train an adapter under FSDP1, because PEFT then saves an empty one: set fsdp_version to 2."
         )
     head: Any = trainer.model.get_output_embeddings()
     if fused_head and head is not None and any(parameter.requires_grad for parameter in head.parameters()):
@@ -198,8 +198,8 @@ def check_sharded_adapter(trainer: Trainer, fused_head: bool) -> None:
 
 def sampling_that_biases_the_ratio(args: GRPOConfig) -> list[str]:
     """
-    The settings that change the sampler's log-probabilities but not the training model's, against which they are
-    divided.
+    The settings that change the sampler's log-probabilities but not the training model's, so that the ratio of the two
+    is biased.
     """
     neutral = {**NEUTRAL_SAMPLING, "temperature": (None, args.temperature)}
     sampling = {name: getattr(args, name, None) for name in neutral} | (args.generation_kwargs or {})
@@ -207,7 +207,7 @@ def sampling_that_biases_the_ratio(args: GRPOConfig) -> list[str]:
 
 
 def changed_settings(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the named settings that have another value than the default of the method."""
+    """The named settings that differ from their default, with their values."""
     defaults = {setting.name: setting.default for setting in fields(args)}
     return {name: getattr(args, name) for name in names if name in defaults and getattr(args, name) != defaults[name]}
 

@@ -102,7 +102,7 @@ REWARD_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", 
 
 
 def check_reward_signatures(reward_funcs: Any, train_dataset: Any, args: Any) -> None:
-    """Raises a `TypeError` for a reward function that cannot be called as TRL calls it, before it is."""
+    """Raises a `TypeError` for a reward function that TRL could not call."""
     columns = getattr(train_dataset, "column_names", None)
     row_format = getattr(train_dataset, "format", None)
     transformed = isinstance(row_format, dict) and row_format.get("type") == "custom"
@@ -133,7 +133,7 @@ def check_reward_signatures(reward_funcs: Any, train_dataset: Any, args: Any) ->
 
 
 def explain_reward_error(error: Exception) -> None:
-    """Raises a `ValueError` where TRL could not make numbers of what a reward function had returned."""
+    """Raises a `ValueError` if a reward function returned something that TRL could not turn into numbers."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if Path(frame.filename).name == "grpo_trainer.py" and "reward function" not in str(error):
         raise ValueError(

@@ -31,22 +31,22 @@ def check_first_prompt(dataset: Any, name: str) -> None:
     if not prompt or not (isinstance(prompt, str) or is_messages):
         raise ValueError(
             f"The first prompt of `{name}` is {prompt!r}, but a prompt must be a text or a list of messages (with "
-            "'role' and 'content'), and not empty: see what dataset.map() or the file has put there."
+            "'role' and 'content'), and not empty: check what dataset.map() or the file has put there."
         )
 
 
 def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]) -> list[str]:
     """
-    The columns of a dataset, none where they are not known.
+    A dataset's columns, or an empty list where they are not known.
 
-    Raises a `ValueError` for a dataset without rows, for one that is a dictionary of splits, and for one whose columns
-    are known and hold none that is wanted.
+    Raises a `ValueError` for a dataset without rows, a dictionary of splits, and a dataset that has none of the wanted
+    columns.
 
     Args:
         name (`str`):
-            What the dataset is to the trainer.
+            Name of the argument, for messages.
         wanted (`tuple[str, ...]`):
-            Columns of which one must be there.
+            Columns, at least one of which is needed.
     """
     if dataset is None:
         return []
@@ -68,7 +68,9 @@ def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]
     if (hasattr(dataset, "__len__") and not len(dataset)) or (
         isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None
     ):
-        raise ValueError(f"`{name}` has no rows: see whether its file is empty, or a filter has dropped all of them.")
+        raise ValueError(
+            f"`{name}` has no rows: check whether its file is empty, or a filter has removed all of them."
+        )
     if isinstance(dataset, list | tuple):
         if not isinstance(dataset[0], dict):
             raise ValueError(
@@ -88,7 +90,7 @@ def known_columns(trainer: str, dataset: Any, name: str, wanted: tuple[str, ...]
 
 
 def _advice(columns: list[str], wanted: tuple[str, ...]) -> str:
-    """How the dataset at hand gets the column, as far as its names tell."""
+    """How to get the wanted column, as far as the names of the columns tell."""
     by_name = {column.lower(): column for column in columns}
     conversation = next((by_name[name] for name in CONVERSATIONS if name in by_name), None)
     if conversation and "messages" in wanted:

@@ -10,11 +10,11 @@ from trl_ext.losses.token_loss import Metrics
 
 class TokenMetrics:
     """
-    Gathers per-token metrics on the device, and hands them out as floats when they are logged.
+    Collects per-token metrics on the device, and returns them as floats when they are logged.
 
     `update` adds a micro-batch, `reduce` ends an optimizer step (one small collective, which every process must
-    reach), `pop` returns the values since the last `pop`: the only place that waits for the device. A mean weighs
-    every token alike, whatever micro-batch or process it was in.
+    reach), `pop` returns the values since the last `pop`: the only place that waits for the device. In a mean,
+    every token has the same weight, whatever micro-batch or process it was in.
     """
 
     def __init__(self) -> None:

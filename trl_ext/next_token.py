@@ -16,16 +16,16 @@ CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MiB in float32
 
 
 class NextTokens(NamedTuple):
-    """What a model says of the next tokens, all detached; log-probabilities and entropies in nats."""
+    """A model's predictions of the next tokens, all detached; log-probabilities and entropies in nats."""
 
-    logps: torch.Tensor  # (batch, time): of the tokens that came
+    logps: torch.Tensor  # (batch, time): of the actual tokens
     top_k_logps: torch.Tensor  # (batch, time, k): of the likeliest tokens, under the softmax over all, descending
     top_k_ids: torch.Tensor  # (batch, time, k): those tokens
     entropy: torch.Tensor | None  # (batch, time); None where it is not known
 
 
 class HeadScaling(NamedTuple):
-    """What becomes of the LM head's product: `softcap * tanh(scale * z / softcap) / temperature`."""
+    """How the LM head's output is scaled: `softcap * tanh(scale * z / softcap) / temperature`."""
 
     scale: float
     softcap: float | None
@@ -33,7 +33,7 @@ class HeadScaling(NamedTuple):
 
     @classmethod
     def of(cls, config: PretrainedConfig, temperature: float) -> "HeadScaling":
-        """As the model's own forward does it. The names are those that `trl.trainer.utils.add_fused_lm_head` reads."""
+        """The scaling of the model's own forward, by the names that `trl.trainer.utils.add_fused_lm_head` reads."""
         scale = next(
             (
                 value
@@ -72,9 +72,9 @@ def next_tokens(
     vocab_size: int | None = None,
 ) -> NextTokens:
     """
-    What `model` says of each of the last `logits_to_keep` tokens, in one forward pass.
+    The predictions of `model` for each of the last `logits_to_keep` tokens, in one forward pass.
 
-    Call it inside the forward of whatever wraps `model` (`_ForwardRedirection`), so that sharded weights are there.
+    Call it inside the forward of whatever wraps `model` (`_ForwardRedirection`), so that sharded weights are gathered.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -86,7 +86,7 @@ def next_tokens(
         logits_to_keep (`int`):
             Number of tokens at the end of the sequences.
         k (`int`):
-            Number of the likeliest tokens to return, if there are as many.
+            Number of the likeliest tokens to return, at most the size of the vocabulary.
         temperature (`float`, defaults to `1.0`):
             What the logits are divided by.
         vocab_size (`int`, *optional*):
@@ -154,11 +154,11 @@ def selected_logps(
     scaling: HeadScaling,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Differentiable log-probabilities of a few tokens a position:
+    Differentiable log-probabilities of a few tokens per position:
     \\( \log \mathrm{softmax}(f(W h + b))_v \\) for the \\( m \\) given tokens \\( v \\).
 
-    The logits exist for a chunk of positions at a time, and again in the backward pass: that they cover the vocabulary
-    makes any number of columns as cheap as one.
+    The logits exist for one chunk of positions at a time, and are computed again in the backward pass. They cover the
+    vocabulary in any case, so that many tokens per position cost no more than one.
 
     Args:
         hidden (`torch.Tensor` of shape `(positions, width)`):

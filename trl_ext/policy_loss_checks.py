@@ -1,4 +1,4 @@
-"""Checks of what a policy loss and a sampler hand to [`PolicyLossTrainer`]."""
+"""Checks of what a policy loss and a sampler return to [`PolicyLossTrainer`]."""
 
 import logging
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ logger = get_logger(__name__)
 
 def checked_token_loss(result: Any, logps: torch.Tensor, owner: str) -> TokenLoss:
     """
-    What `policy_loss` returned as a [`TokenLoss`]. Raises a `TypeError` or a `ValueError` for what would be broadcast,
-    or could not be trained on.
+    What `policy_loss` returned, as a [`TokenLoss`]. Raises a `TypeError` or a `ValueError` if it would be broadcast or
+    could not be trained on.
 
     Args:
         logps (`torch.Tensor` of shape `(batch, time)`):
@@ -34,7 +34,7 @@ def checked_token_loss(result: Any, logps: torch.Tensor, owner: str) -> TokenLos
     if loss.shape != logps.shape:
         raise ValueError(
             f"{owner}.policy_loss returned a loss of shape {tuple(loss.shape)} for tokens of shape "
-            f"{tuple(logps.shape)}: return one value per token, without a mean or a sum, which the trainer takes."
+            f"{tuple(logps.shape)}: return one value per token, and leave the averaging to the trainer."
         )
     if torch.is_grad_enabled() and logps.requires_grad and not loss.requires_grad:
         raise ValueError(
@@ -58,7 +58,7 @@ def checked_token_loss(result: Any, logps: torch.Tensor, owner: str) -> TokenLos
 def check_sampler_logps(
     accelerator: Accelerator, completion_ids: list[list[int]], sampler_logps: list[list] | None
 ) -> None:
-    """Raises a `ValueError`, on all processes alike, for log-probabilities that cannot be the sampler's."""
+    """Raises a `ValueError` on all processes for log-probabilities that cannot be the sampler's."""
     fault = 0
     if sampler_logps is None:
         fault = 1
@@ -66,7 +66,7 @@ def check_sampler_logps(
         fault = 2
     elif all(logp == 0 for logps in sampler_logps for logp in logps):
         fault = 3
-    # Every process must continue in the same way, or the others would wait for it
+    # Either all processes raise or none does: otherwise some would wait for the others forever
     faults = accelerator.gather(torch.tensor([fault], device=accelerator.device)).tolist()
     if len(set(faults)) > 1 and {1} < set(faults):
         raise ValueError(
@@ -87,7 +87,7 @@ def check_sampler_logps(
 
 @contextmanager
 def without_advice(logger_name: str, words: str) -> Iterator[None]:
-    """Drops the messages of a logger that hold these words, for advice that does not apply here."""
+    """Drops a logger's messages that contain these words, for advice that does not apply here."""
 
     def other(record: logging.LogRecord) -> bool:
         return words not in record.getMessage()

@@ -1,6 +1,6 @@
 """
-`GRPOTrainer` with its per-token policy loss as one method: the seam to TRL. What subclasses need of GRPO's private
-methods they get as public methods here; `rollout_checkpoint.py` has what makes a run resume exactly.
+`GRPOTrainer` with its per-token policy loss as one method: the seam to TRL. Subclasses use the public methods here
+instead of GRPO's private ones; `rollout_checkpoint.py` has what makes a run resume exactly.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,11 +75,11 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     """
 
     config_class: type[GRPOConfig] = GRPOConfig
-    # Whether the ratio is against the policy that really sampled the tokens (the sampler's log-probabilities, where
-    # the rollout has them) and not against the training model's old log-probabilities. If so there is neither a pass
-    # to compute the latter, nor vLLM's importance sampling correction, which would correct the same thing again.
+    # Whether the ratio is against the sampler's log-probabilities, where the rollout has them, instead of the training
+    # model's old ones. If so, these are not computed, and vLLM's importance sampling correction is off, because it
+    # would correct the same mismatch a second time.
     anchored_to_sampler = False
-    # Whether `old_per_token_logps` are needed where there are no sampler's log-probabilities to use
+    # Whether `old_per_token_logps` are needed where the rollout has no log-probabilities of the sampler
     needs_old_logps = True
 
     epsilon_low: float
@@ -159,15 +159,15 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         """A hook for checks that need no loaded policy. Called after `args` have been checked."""
 
     def warn_about_args(self) -> None:
-        """Warns, once, of the settings that were set but have no effect. Called at the end of `__init__`."""
+        """Warns once about settings that were changed but have no effect. Called at the end of `__init__`."""
 
     @property
     def sampled_elsewhere(self) -> bool:
-        """Whether the ratio is against the log-probabilities of another engine than the training model."""
+        """Whether the ratio is against the log-probabilities of an engine other than the training model."""
         return self._uses_sampler_logps and (self.use_vllm or self.rollout_func is not None)
 
     def warn_of_biased_ratio(self) -> None:
-        """Warns where that engine's log-probabilities are not those of its policy at the temperature in use."""
+        """Warns about sampling settings that change that engine's log-probabilities but not the training model's."""
         if self.sampled_elsewhere and (names := sampling_that_biases_the_ratio(self.args)):
             logger.warning(
                 f"The sampler's log-probabilities depend on {', '.join(names)} and the training model's do not, which "
@@ -207,18 +207,18 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     # ---- what else a subclass may change or use, each with GRPO's behaviour as its default
 
     def loss_settings(self) -> dict[str, Any]:
-        """Attributes of the trainer that have another value while the loss is computed, and only then."""
+        """Attributes of the trainer, with the values that they have only while the loss is computed."""
         return {}
 
     def kl_behaviour_logps(self, behaviour_logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """
-        Log-probabilities (nats), of shape `(batch, time)`, under the policy that sampled the tokens, by which TRL
-        weighs its estimate of the KL divergence: by default those that the policy loss had.
+        Log-probabilities (nats), of shape `(batch, time)`, under the policy that sampled the tokens, with which TRL
+        weights its estimate of the KL divergence. By default those that the policy loss was given.
         """
         return behaviour_logps
 
     def training_inputs(self, inputs: Any) -> dict[str, Any]:
-        """The micro-batch to train on: by default a part of a rollout batch, which TRL makes and keeps."""
+        """The micro-batch to train on. By default a part of the rollout batch that TRL has sampled."""
         return super()._prepare_inputs(inputs)
 
     def finish_rollouts(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         return total.masked_fill(per_function.isnan().all(1), torch.nan)
 
     def weights_have_changed(self) -> None:
-        """Makes vLLM fetch the weights before it generates again, within the same step too."""
+        """Makes vLLM fetch the weights before it generates again, even within the same step."""
         self._last_loaded_step = -1
 
     def score_completions(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -288,7 +288,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     @contextmanager
     def _replaced(self, **values: Any) -> Iterator[None]:
-        """Attributes of the trainer have other values; afterwards all is as before."""
+        """Sets attributes of the trainer, and restores them afterwards."""
         before = {name: self.__dict__[name] for name in values if name in self.__dict__}
         self.__dict__.update(values)
         try:
@@ -300,13 +300,13 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     @contextmanager
     def _saturated_clips(self, advantages: torch.Tensor) -> Iterator[None]:
-        """TRL's surrogate becomes what has replaced the `advantages`. Afterwards all is as before."""
-        delta, judge = self.args.delta, self.get_off_policy_mask
+        """Makes TRL's surrogate equal to what has replaced the `advantages`, and restores the clips afterwards."""
+        delta, off_policy_mask = self.args.delta, self.get_off_policy_mask
         values = {
             "epsilon_low": float("inf"),
             "epsilon_high": -2.0,
             # It depends on the sign of the advantages, but TRL would pass it what has replaced them
-            "get_off_policy_mask": lambda **kwargs: judge(**{**kwargs, "advantages": advantages}),
+            "get_off_policy_mask": lambda **kwargs: off_policy_mask(**{**kwargs, "advantages": advantages}),
         }
         self.args.delta = -1.0
         try:
@@ -384,7 +384,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     @property
     def _is_fresh(self) -> bool:
-        """Whether the policy is still the one that sampled the rollouts at hand: no update lies in between."""
+        """Whether no update has been made since the current rollouts were sampled."""
         accumulation = self.args.gradient_accumulation_steps
         sampled_at = self._step - self._step % self._generate_every
         return self._step // accumulation == sampled_at // accumulation

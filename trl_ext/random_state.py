@@ -1,4 +1,4 @@
-"""Random numbers of a step or a measurement of its own, without a trace in those of the training."""
+"""Random numbers for one step or one measurement, which leave the random state of the training unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ def isolated_rng(accelerator: Accelerator, seed: int) -> Iterator[None]:
 
 def engine_index(args: Any, process_index: int) -> int:
     """
-    The number of the sampler that this process has, or has a part of: the ranks of one colocated vLLM engine must draw
-    alike, all other processes differently.
+    The index of the sampler that this process runs or shares: the ranks of one colocated vLLM engine must draw the
+    same samples, all other processes different ones.
     """
     ranks = args.vllm_tensor_parallel_size if args.use_vllm and args.vllm_mode == "colocate" else 1
     return process_index // ranks

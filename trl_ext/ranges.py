@@ -1,6 +1,6 @@
 """
-Ranges of the settings that TRL and transformers take as they come, and that fail late, or without a word, outside of
-them: a model has then been loaded, or rollouts have been sampled.
+Ranges of settings that TRL and transformers do not check themselves. Out of range, they would fail only after a model
+has been loaded or rollouts have been sampled, or would train wrongly without an error.
 """
 
 import math
@@ -16,15 +16,15 @@ class Range:
 
     Args:
         low (`float`, defaults to `-inf`), high (`float`, defaults to `inf`):
-            Bounds, themselves included.
+            Bounds, inclusive.
         above (`float`, *optional*):
-            Another lower bound, not included.
+            Another lower bound, exclusive.
         whole (`bool`, defaults to `False`):
-            Whether only whole numbers count.
+            Whether the number must be whole.
         optional (`bool`, defaults to `False`):
-            Whether `None` does too.
+            Whether `None` is allowed.
         because (`str`, defaults to `""`):
-            What would happen outside of it.
+            Why, for the message.
     """
 
     low: float = -math.inf

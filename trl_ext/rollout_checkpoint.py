@@ -21,8 +21,8 @@ class RolloutCheckpoints(WholeCheckpoints):
     """
     A [`~trl.GRPOTrainer`] that resumes exactly at any step.
 
-    TRL itself samples anew when it resumes, and its schedule of generations and its sampler's shuffling start again
-    from there. So the rollouts that are still in use are part of our checkpoints, and the sampler is wound on.
+    When TRL itself resumes, it samples new rollouts, and its schedule of generations and the shuffling of its sampler
+    start over. So our checkpoints contain the rollouts that are still in use, and the sampler is fast-forwarded.
     """
 
     _buffered_inputs: list[dict[str, Any]] | None
@@ -58,7 +58,7 @@ class RolloutCheckpoints(WholeCheckpoints):
         device = self.accelerator.device
         rollouts = load_rollouts(checkpoint, self._run_identity(), self.accelerator.process_index, device)
         loaded = self.accelerator.gather(torch.tensor([rollouts is not None], device=device))
-        # All processes or none: one that generates waits for the others
+        # All processes must agree, because generation takes part on all of them
         fresh: tuple[Any, int] = (None, 0)
         self._buffered_inputs, self._step = rollouts if rollouts is not None and loaded.all() else fresh
         sampler = getattr(self, "_train_sampler", None)
@@ -67,7 +67,7 @@ class RolloutCheckpoints(WholeCheckpoints):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
 
     def _run_identity(self) -> dict[str, Any]:
-        """What rollouts of a checkpoint depend on."""
+        """What the rollouts in a checkpoint depend on."""
         names = ["per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"]
         names += ["num_iterations", "num_generations", "max_completion_length"]
         return {
@@ -84,16 +84,16 @@ def save_rollouts(folder: str, batches: Batches, step: int, run: dict[str, Any],
 
     Args:
         step (`int`):
-            Number of micro-batches that the run has consumed, which says where in `batches` it stands.
+            Number of micro-batches that the run has consumed: its position in `batches`.
         run (`dict[str, Any]`):
-            What a run that goes on with these rollouts must have in common with this one.
+            What a run must have in common with this one to continue with these rollouts.
     """
     try:
         write_batches(_path(folder, process_index), batches, {"step": str(step), "run": json.dumps(run)})
     except TypeError as error:
         logger.warning(
-            f"The rollouts in use are not in this checkpoint, from which the run resumes but not exactly, because a "
-            f"batch holds what is neither a tensor nor plain data ({error}): make it a tensor."
+            "This checkpoint does not contain the rollouts in use, and a run does not resume from it exactly, because "
+            f"a batch holds something that is neither a tensor nor plain data ({error}): make it a tensor."
         )
 
 
@@ -108,8 +108,8 @@ def load_rollouts(
     if theirs != run:
         changes = ", ".join(f"{k} {theirs.get(k)} -> {run.get(k)}" for k in run if theirs.get(k) != run.get(k))
         logger.warning(
-            f"The checkpoint's rollouts do not fit this run ({changes}) and are sampled anew: it resumes, but not "
-            "exactly."
+            f"The checkpoint's rollouts do not fit this run ({changes}), so that new ones are sampled: it resumes, "
+            "but not exactly."
         )
         return None
     return read_batches(path, device), int(read_metadata(path)["step"])
@@ -125,7 +125,7 @@ def _path(folder: str, process_index: int) -> Path:
 
 
 def write_batches(path: Path, batches: Batches, metadata: dict[str, str]) -> None:
-    """Writes batches of tensors and plain data, and whatever else is worth a string, as safetensors."""
+    """Writes batches of tensors and plain data, and `metadata`, as safetensors."""
     tensors, others = {}, []
     for i, batch in enumerate(batches):
         others.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
@@ -133,7 +133,7 @@ def write_batches(path: Path, batches: Batches, metadata: dict[str, str]) -> Non
             if isinstance(value, torch.Tensor):
                 tensors[f"{i}/{name}"] = value.contiguous().clone()  # slices of one rollout batch share its memory
     metadata = {**metadata, "others": json.dumps(others)}
-    path.parent.mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
+    path.parent.mkdir(parents=True, exist_ok=True)  # the main process may not have made it yet
     save_file(tensors, path, metadata=metadata)
 
 

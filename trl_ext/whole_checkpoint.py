@@ -1,9 +1,9 @@
 """
-Checkpoints that are whole or are not resumed from: a run may be killed, or the disk be full, while one is written.
+Runs resume from whole checkpoints only: a run may be killed, or the disk be full, while one is written.
 
 Used by every trainer: [`WholeCheckpoints`] comes first among its bases, as in
 `class TrOPDTrainer(WholeCheckpoints, GKDTrainer)`, and replaces any search of its own for a checkpoint to resume from.
-A trainer that cannot do without files of its own names them in `_required_files`.
+A trainer that needs files of its own to resume names them in `_required_files`.
 """
 
 import errno
@@ -83,7 +83,7 @@ class WholeCheckpoints(Trainer):
             whole = next((str(path) for path in newest_first(run_folder) if fault_of(path) is None), None)
             resume = f"resume_from_checkpoint=True, from {whole}" if whole else "no checkpoint, from the start"
             raise OSError(
-                f"The checkpoint {folder} could not be written ({error}): make room on the disk or the folder "
+                f"The checkpoint {folder} could not be written ({error}): make room on the disk, or make the folder "
                 f"writable, and train again with {resume}."
             ) from error
 
@@ -107,7 +107,7 @@ def check_checkpoint(path: str, required: list[str] | tuple[str, ...] = ()) -> N
     folder = Path(path)
     fault = fault_of(folder, required) if folder.is_dir() else "there is no such folder"
     if fault:
-        or_delete = ", or delete that file to sample the rollouts in use anew" if "rollouts_" in fault else ""
+        or_delete = ", or delete that file to sample new rollouts" if "rollouts_" in fault else ""
         raise ValueError(
             f"The run cannot resume from {path}, because {fault}: name another checkpoint, or pass "
             f"resume_from_checkpoint=True for the newest whole one in output_dir{or_delete}."
@@ -138,7 +138,7 @@ def fault_of(folder: Path, required: list[str] | tuple[str, ...] = ()) -> str | 
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether the disk or the folder is at fault. torch and safetensors say so in their own words."""
+    """Whether the disk or the folder is at fault. torch and safetensors have errors of their own for that."""
     if isinstance(error, SafetensorError):
         return "I/O error" in str(error) or "os error" in str(error)
     if isinstance(error, OSError):

@@ -81,9 +81,9 @@ def test_cross_entropy_of_a_wrong_and_an_unknown_outcome():
     # -log sigma(-0.3) = 0.8543552; the second has no loss and no gradient
     torch.testing.assert_close(output.loss, column([0.4271776, 0.4271776], [0.0, 0.0]), rtol=1e-6, atol=1e-7)
     assert logps.grad[1].tolist() == [0, 0]
-    assert output.metrics["extraction/implicit_reward_wrong"][0].item() == pytest.approx(0.3)
-    assert output.metrics["extraction/implicit_reward_wrong"][1].isnan()
-    assert output.metrics["extraction/implicit_reward_right"].isnan().all()
+    assert output.metrics["extraction/implicit_reward_incorrect"][0].item() == pytest.approx(0.3)
+    assert output.metrics["extraction/implicit_reward_incorrect"][1].isnan()
+    assert output.metrics["extraction/implicit_reward_correct"].isnan().all()
 
 
 def test_cross_entropy_of_an_outcome_in_between():

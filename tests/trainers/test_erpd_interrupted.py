@@ -123,7 +123,7 @@ def test_a_run_from_the_start_sets_old_rollouts_aside(path, tmp_path, whole, cap
     with pytest.raises(RuntimeError):
         train(path, tmp_path, reward)
     assert reward.judged == 2  # from the start
-    assert "of an earlier run, which resume_from_checkpoint=True would go on with, are kept in" in caplog.text
+    assert "of an earlier run, which resume_from_checkpoint=True would continue with, are kept in" in caplog.text
     assert len(list((tmp_path / "round-1" / "rollouts.old").glob("*/rollouts_0.safetensors"))) == 3
     reward = RewardThatFails()
     train(path, tmp_path, reward, resume=True, temperature=0.5)

@@ -241,7 +241,7 @@ def test_measures_on_the_set_without_held_out_prompts(path, tmp_path):
         count += (batch["advantages"] > 0).sum().item()
     assert log["teacher_ce/set_kl_per_sequence"] == pytest.approx(kl / 32, rel=1e-3)
     assert log["teacher_ce/set_kl_per_token"] == pytest.approx(kl / tokens, rel=1e-3)
-    assert log["teacher_ce/set_log_ratio_of_right"] == pytest.approx(good / count, rel=1e-3)
+    assert log["teacher_ce/set_log_ratio_of_correct"] == pytest.approx(good / count, rel=1e-3)
     assert with_key(trainer, "distilled/set_kl_per_sequence")[0]["step"] == 16
 
 

@@ -20,7 +20,7 @@ from trl_ext import ERPDConfig, ERPDTrainer
         ({"num_generations": 1}, "num_generations=1 must be a whole number of at least 2"),
         ({"extraction_loss": "dpo"}, "extraction_loss='dpo' is unknown: set it to one of 'sapo', 'ce', 'mse'"),
         ({"extraction_loss": []}, "extraction_loss is empty"),
-        ({"extraction_loss": ["ce", "ce"]}, "names a loss twice"),
+        ({"extraction_loss": ["ce", "ce"]}, "would train the same teacher twice"),
         ({"signal": "student"}, "signal='student' is unknown"),
         ({"signal": ["teacher", "teacher"]}, "1 teachers and 2 signals"),
         ({"signal_weights": [1.0, 1.0]}, "1 teachers and 2 signal_weights"),

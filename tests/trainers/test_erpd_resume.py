@@ -108,7 +108,7 @@ def test_everything_is_kept_in_a_safe_format(saved):
     ],
 )
 def test_settings_that_do_not_fit_the_checkpoint_are_refused(path, tmp_path, saved, changes, message):
-    with pytest.raises(ValueError, match=rf"cannot go on with the checkpoint .*{message}.*: resume with the settings"):
+    with pytest.raises(ValueError, match=rf"cannot continue from the checkpoint .*{message}.*: resume with"):
         run(path, tmp_path / "resumed", resume=str(saved[0] / "checkpoint-3"), **changes)
 
 

@@ -30,7 +30,7 @@ def test_one_continuous_run(path, tmp_path, extraction_loss):
     assert [log["learning_rate"] for log in logs] == pytest.approx(expected)
     assert all(log["grad_norm"] > 0 for log in logs)
     assert all(not torch.equal(p, start[name]) for name, p in parameters(trainer).items())
-    assert ("extraction/gate" if extraction_loss == "sapo" else "extraction/implicit_reward_right") in logs[7]
+    assert ("extraction/gate" if extraction_loss == "sapo" else "extraction/implicit_reward_correct") in logs[7]
     assert "clip_ratio/high_mean" in logs[8]
     drift = [log["kl_from_base"] for log in logs]
     assert abs(drift[0]) < 1e-6 < drift[7]  # it leaves the base policy in stage 1,

@@ -118,7 +118,7 @@ def test_a_best_checkpoint_is_refused(tmp_path):
 def test_other_distillation_passes_do_not_fit_a_checkpoint(path, tmp_path):
     saving = {"reward": right_or_wrong, "save_strategy": "steps", "save_steps": 1}
     make_trainer(path, tmp_path, **saving).train()
-    with pytest.raises(ValueError, match=r"cannot go on with the checkpoint .*distillation_passes 1 -> 2"):
+    with pytest.raises(ValueError, match=r"cannot continue from the checkpoint .*distillation_passes 1 -> 2"):
         make_trainer(path, tmp_path / "resumed", distillation_passes=2, **saving).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-1")
         )

@@ -82,7 +82,7 @@ OWN = {
         ({"train_dataset": [1, 2]}, "The rows of `train_dataset` must be dictionaries with a 'prompt', got a int"),
         (
             {"train_dataset": IterableDataset.from_generator(lambda: iter([]))},
-            "`train_dataset` has no rows: see whether its file is empty",
+            "`train_dataset` has no rows: check whether its file is empty",
         ),
     ],
     "rlad": [

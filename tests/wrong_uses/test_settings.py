@@ -103,7 +103,7 @@ OWN = {
         ({"extraction_learning_rate": -1e-5}, "extraction_learning_rate=-1e-05 must be a positive number"),
         ({"extraction_warmup_steps": -1}, "extraction_warmup_steps=-1"),
         ({"extraction_lr_scheduler_type": "linea"}, "set it to 'constant', 'linear' or 'cosine'"),
-        ({"extraction_lr_scheduler_type": "reduce_lr_on_plateau"}, "cannot start anew with each stage: set it to"),
+        ({"extraction_lr_scheduler_type": "reduce_lr_on_plateau"}, "cannot restart with each stage: set it to"),
         ({"extraction_beta": 0.0}, "extraction_beta=0.0 must be a positive number"),
         ({"signal": "reward"}, "set it to one of 'teacher', 'unlearned_reference'"),
         ({"signal": None}, "set it to a string or a list of strings"),

@@ -93,7 +93,7 @@ class DRPOTrainer(PolicyLossTrainer):
         behaviour_logps = per_token_logps if behaviour_logps is None else behaviour_logps
         token_loss = trust_region_loss(self.args, per_token_logps, behaviour_logps, advantages, mask)
         if on_policy:
-            token_loss.metrics = {}  # nothing but ones and zeros: the ratio is 1
+            token_loss.metrics = {}  # constants, because the ratio is 1
         return token_loss
 
     def warn_about_args(self) -> None:
@@ -108,7 +108,7 @@ class DRPOTrainer(PolicyLossTrainer):
         self.warn_of_biased_ratio()
         if not self.sampled_elsewhere and self.args.gradient_accumulation_steps % self._generate_every == 0:
             logger.warning(
-                "Every rollout batch is used for one update of the very policy that sampled it, so that the ratio is "
-                "1 and the trust region has nothing to do: raise num_iterations or steps_per_generation until their "
-                "product is more than gradient_accumulation_steps, to reuse rollouts."
+                "Every rollout batch is used for a single update of the policy that sampled it, so that the ratio is "
+                "1 and the trust region has no effect: to reuse rollouts, raise num_iterations or "
+                "steps_per_generation until their product is more than gradient_accumulation_steps."
             )

@@ -36,7 +36,7 @@ class WeightsCopy:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Makes the weights what they were. Every process must call this."""
+        """Restores the copied weights. Every process must call this."""
         optimizer: Any = self.trainer.model_wrapped.optimizer if self.trainer.is_deepspeed_enabled else None
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             optimizer._partition_all_parameters()
@@ -71,7 +71,7 @@ class WeightsCopy:
         return Path(folder) / self.file_name(self.trainer.accelerator.process_index)
 
     def file_name(self, process: int) -> str:
-        """What a process writes to in a checkpoint."""
+        """Name of a process's file in a checkpoint."""
         return f"base_policy_{process}.safetensors" if self.sharded else "base_policy.safetensors"
 
     def _weights(self) -> list[torch.Tensor]:

@@ -76,7 +76,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     if not losses:
         raise ValueError("extraction_loss is empty, so that there is no teacher: set it to 'ce', for example.")
     if len(set(losses)) < len(losses):
-        raise ValueError(f"extraction_loss={losses} names a loss twice, and twice the same teacher: name each once.")
+        raise ValueError(f"extraction_loss={losses} would train the same teacher twice: name each once.")
     if len(signals) not in (1, len(losses)):
         raise ValueError(
             f"There are {len(losses)} teachers and {len(signals)} signals: give one signal, or one per teacher."
@@ -107,7 +107,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
 
 
 def _check_trl_args(args: GRPOConfig, owner: str) -> None:
-    """Settings of GRPO and transformers that have no place in a run of two stages."""
+    """Raises a `ValueError` for settings of GRPO and transformers that make no sense in a run of two stages."""
     if changed := changed_settings(args, ("max_steps", "num_train_epochs")):
         settings = ", ".join(f"{name}={value}" for name, value in changed.items())
         raise ValueError(
@@ -116,13 +116,13 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
         )
     if args.num_iterations != 1:
         raise ValueError(
-            f"num_iterations={args.num_iterations} has no meaning where a fixed set is passed over: set it to 1, and "
-            "extraction_passes and distillation_passes to the passes you want."
+            f"num_iterations={args.num_iterations} has no meaning with a fixed set: set it to 1, and "
+            "extraction_passes and distillation_passes to the number of passes."
         )
     for name in ("extraction_lr_scheduler_type", "lr_scheduler_type"):
         if as_text(getattr(args, name)) in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
-                f"{name}={as_text(getattr(args, name))!r} depends on evaluations and cannot start anew with each "
+                f"{name}={as_text(getattr(args, name))!r} depends on evaluations and cannot restart with each "
                 "stage: set it to 'constant', 'linear' or 'cosine', for example."
             )
     refused = {
@@ -188,7 +188,7 @@ def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
         )
     if given.get("optimizers", (None, None))[1] is not None:
         raise ValueError(
-            f"{owner}'s learning rate starts anew with each stage, which a scheduler of your own does not: pass "
+            f"{owner}'s learning rate restarts with each stage, which a scheduler of your own does not do: pass "
             "optimizers=(optimizer, None), and set lr_scheduler_type and extraction_lr_scheduler_type."
         )
     completions = args.num_generations_eval or args.num_generations
@@ -196,5 +196,5 @@ def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
         raise ValueError(
             f"The held-out prompts are measured with {completions} completions each, which batches of "
             f"per_device_eval_batch_size={args.per_device_eval_batch_size} on {args.world_size} process(es) would "
-            "tear apart: set num_generations_eval=1, or per_device_eval_batch_size to a multiple."
+            "split: set num_generations_eval=1, or per_device_eval_batch_size to a multiple."
         )

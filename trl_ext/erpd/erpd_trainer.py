@@ -37,8 +37,8 @@ logger = get_logger(__name__)
 class ERPDTrainer(PolicyLossTrainer):
     r"""
     Trainer for Extreme Region Policy Distillation ([2605.25582](https://huggingface.co/papers/2605.25582)): rollouts
-    are sampled once and used for many off-policy updates, and what these have taught is distilled into the policy that
-    sampled them.
+    are sampled once and used for many off-policy updates, and what the updated policy has learned is distilled into
+    the policy that sampled them.
 
     A round has two stages. **Stage 1** trains \\( \pi_0 \\) for many passes over a fixed set of its own rollouts,
     almost unconstrained: the over-optimized result \\( \pi_E \\) is only a teacher. It scores the set once, and
@@ -51,9 +51,9 @@ class ERPDTrainer(PolicyLossTrainer):
     $$ L = -\min\left( r_t s_t,\; \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon)\, s_t \right) + \beta\,
     \mathrm{KL}(\pi \| \pi_0), \qquad r_t = \pi_t / \pi^\mathrm{anchor}_t $$
 
-    `train()` runs all rounds as one continuous run, at whose end the model is the distilled policy. There is one model
-    in memory, no generation and no teacher's forward pass within a stage. The two stages and the signals are the
-    paper's; all formulas except SAPO's are our choice, see docs/erpd.md.
+    `train()` runs all rounds as one continuous run; at the end the model is the distilled policy. There is one model
+    in memory, and a stage needs neither generation nor a teacher's forward pass. The two stages and the signals are
+    the paper's; all formulas except SAPO's are our choice, see docs/erpd.md.
 
     Takes the arguments of [`~trl.GRPOTrainer`], in the same order; `args` may be a plain [`~trl.GRPOConfig`].
     The policies are measured on `eval_dataset` between the stages.
@@ -173,8 +173,8 @@ class ERPDTrainer(PolicyLossTrainer):
         update *= self.args.gradient_accumulation_steps
         if self.args.distillation_anchor == "pass" and self._rollouts_per_round == update:
             logger.warning(
-                "The whole set is one update, so that stage 2 never leaves its anchor and the trust region has "
-                "nothing to do: set distillation_anchor='base', or give more prompts_per_round."
+                "The whole set is one update, so that stage 2 never leaves its anchor and the trust region has no "
+                "effect: set distillation_anchor='base', or raise prompts_per_round."
             )
 
     # ---- one continuous run: an epoch is a pass over the set
@@ -200,7 +200,7 @@ class ERPDTrainer(PolicyLossTrainer):
         return ["fixed_set_0.safetensors", self._stages.base.file_name(0)]
 
     def get_train_dataloader(self) -> Any:
-        # Only places in the set, because what is in it is not known before the first step
+        # Indices into the set alone, because its content is not known before the first step
         places: Any = range(self._rollouts_per_round)
         return self._get_dataloader(
             places, "Training", self._train_batch_size, sampler_fn=SequentialSampler, is_training=True
@@ -214,7 +214,7 @@ class ERPDTrainer(PolicyLossTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         if self.lr_scheduler is not None and not self._created_lr_scheduler:
             raise ValueError(
-                "The learning rate starts anew with each stage, which DeepSpeed's own does not: remove `optimizer` "
+                "The learning rate restarts with each stage, which DeepSpeed's own does not do: remove `optimizer` "
                 "and `scheduler` from DeepSpeed's config, and set optim, lr_scheduler_type and "
                 "extraction_lr_scheduler_type."
             )
@@ -245,8 +245,8 @@ class ERPDTrainer(PolicyLossTrainer):
             phase = self._schedule.at_step(self.state.global_step)
             logger.warning(
                 f"The run has ended in round {phase.round}, stage {phase.stage}, after {self.state.global_step} of "
-                f"{self._schedule.steps} updates, and the model is the {phase.policy} policy as it was then: resume "
-                "from a checkpoint to come to the end."
+                f"{self._schedule.steps} updates, and the model is the {phase.policy} policy at that point: resume "
+                "from a checkpoint to complete it."
             )
         return super()._finalize_training(*args)
 
@@ -326,7 +326,7 @@ class ERPDTrainer(PolicyLossTrainer):
 
 
 def stored_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Stands in for the reward functions that stored rollouts do not need, because TRL does not accept none."""
+    """Stands in for the reward functions that stored rollouts do not need, because TRL requires one."""
     raise RuntimeError("The rewards are stored in train_dataset: pass reward_funcs to sample completions.")
 
 

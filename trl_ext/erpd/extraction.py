@@ -21,7 +21,7 @@ class Rollouts:
         advantages (`torch.Tensor` of shape `(batch,)`):
             Rewards, normalized within the rollouts of each prompt.
         outcomes (`torch.Tensor` of shape `(batch,)`):
-            Rewards from 0 (wrong) to 1 (right), NaN for a rollout that the losses of whole sequences leave out.
+            Rewards from 0 (incorrect) to 1 (correct), NaN for a rollout that the losses of sequences leave out.
     """
 
     logps: torch.Tensor

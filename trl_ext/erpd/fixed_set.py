@@ -34,8 +34,8 @@ class FixedSet:
         batches (`list[dict[str, torch.Tensor]]`):
             `prompt_ids`, `prompt_mask` (left-padded), `completion_ids`, `completion_mask`, where there are any
             `tool_mask` and `sampling_per_token_logps` (right-padded), and `advantages`, `rewards` and
-            `outcomes` of shape `(batch,)`: the reward from 0 (wrong) to 1 (right), NaN for a rollout that the losses
-            of whole sequences leave out.
+            `outcomes` of shape `(batch,)`: the reward from 0 (incorrect) to 1 (correct), NaN for a rollout that the
+            losses of sequences leave out.
         num_tokens (`int`):
             Number of tokens that count, on all processes.
         is_informative (`bool`):
@@ -74,7 +74,7 @@ class FixedSet:
 @dataclass
 class RoundRollouts:
     """
-    The rollouts of a round before they are shared out.
+    The rollouts of a round before they are distributed over the processes.
 
     Args:
         chunks (`list[list[Row]]`):
@@ -128,7 +128,7 @@ def share_out(
 
     Args:
         chunks (`Sequence[Sequence[Row]]`):
-            This process's rollouts, generation by generation; as many chunks of the same size on every process.
+            This process's rollouts, generation by generation: the same number, of the same size, on every process.
     """
     processes, local, size = accelerator.num_processes, len(chunks[0]), accelerator.num_processes * micro_batch_size
     lengths = torch.tensor([[len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows] for rows in chunks])

@@ -27,14 +27,14 @@ class GrowingSet:
         round_number (`int`):
             From 1.
         identity (`dict[str, Any]`):
-            What a run that goes on with these rollouts must have in common with the one that sampled them.
+            What a run must have in common with the one that sampled these rollouts to continue with them.
         accelerator ([`~accelerate.Accelerator`]):
             Says which process this is.
     """
 
     def __init__(self, run_folder: str, round_number: int, identity: dict[str, Any], accelerator: Accelerator) -> None:
         self.folder = rollouts_folder(run_folder, round_number)
-        self.identity = json.loads(json.dumps(identity))  # as it is when it is read
+        self.identity = json.loads(json.dumps(identity))  # in the form in which it is read again
         self.accelerator = accelerator
 
     def begin(self, resume_from: str | None) -> int:
@@ -47,7 +47,7 @@ class GrowingSet:
                 earlier run left.
         """
         if resume_from is None:
-            self._set_aside("of an earlier run, which resume_from_checkpoint=True would go on with, ")
+            self._set_aside("of an earlier run, which resume_from_checkpoint=True would continue with, ")
             return 0
         source = rollouts_folder(resume_from, int(self.folder.parent.name.split("-")[1]))
         if source.resolve() != self.folder.resolve():
@@ -91,7 +91,7 @@ class GrowingSet:
     def _set_aside(self, what: str) -> None:
         if self.folder.exists() and self.accelerator.is_local_main_process:
             old = self.folder.with_name("rollouts.old")
-            logger.warning(f"Rollouts {what}are kept in {old}; the prompts are sampled anew.")
+            logger.warning(f"Rollouts {what}are kept in {old}, and the prompts are sampled again.")
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
         self.accelerator.wait_for_everyone()

@@ -76,7 +76,7 @@ class Host(Protocol):
         ...
 
     def restart_learning_rate(self) -> None:
-        """Puts the schedule of the learning rate where the run is."""
+        """Moves the learning rate schedule to the current step."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Host(Protocol):
         ...
 
     def progress(self) -> dict[str, Any]:
-        """What TRL has gathered for its next log, as plain data."""
+        """What TRL has collected for its next log, as plain data."""
         ...
 
     def restore_progress(self, progress: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ Samples = list[dict[str, Any]]  # one dict per batch, on the CPU
 
 
 def sampling_seed(trainer: Any) -> int:
-    """Differs between processes that sample for themselves."""
+    """A seed that differs between processes that sample independently."""
     return trainer.args.seed + engine_index(trainer.args, trainer.accelerator.process_index)
 
 
@@ -22,7 +22,7 @@ def own_samples(host: Host) -> Samples:
     """
     Completions of the held-out prompts, sampled and scored by the policy as it is, with their rewards.
 
-    Every policy gets the same random numbers, so that policies are compared on equal terms, and the training goes on
+    Every policy gets the same random numbers, so that policies are compared on equal terms, and the training continues
     as if nothing had been sampled.
     """
     trainer: Any = host.trainer

@@ -34,8 +34,8 @@ def sample_rollouts(host: Host, round_number: int, rounds: int, resume_from: str
     """
     The rollouts of a round, generation by generation as GRPO makes them.
 
-    Each generation is written to the output directory as soon as it has its rewards. A run that was interrupted goes
-    on with the first generation that is missing, and with the random state from which that would have been sampled.
+    Each generation is written to the output directory as soon as it has its rewards. A run that was interrupted
+    continues with the first missing generation, from the random state that this would have had.
 
     Args:
         resume_from (`str`, *optional*):
@@ -99,7 +99,7 @@ def make_fixed_set(host: Host, rollouts: RoundRollouts, round_number: int) -> tu
     size, seed = args.per_device_train_batch_size, args.seed + round_number
     fixed_set = share_out(rollouts.chunks, accelerator, size, seed, host.collate)
 
-    # Not by the rewards alone: several functions may differ and have the same sum
+    # Not from the rewards alone: those of several functions may differ and have the same sum
     largest = torch.stack([batch["advantages"].abs().max() for batch in fixed_set.batches]).max()
     largest = accelerator.gather(largest[None].to(accelerator.device)).max()
     differ = bool((~agrees).any()) or bool(largest >= MIN_ADVANTAGE)
@@ -134,7 +134,7 @@ def agreeing_prompts(rewards: torch.Tensor, prompts: torch.Tensor) -> torch.Tens
 
 def nothing_to_learn(rewards: torch.Tensor, outcomes: torch.Tensor, differ: bool, losses: list[str]) -> str | None:
     """
-    Why a set teaches nothing, with what to do about it, or `None`.
+    Why nothing can be learned from a set, and what to do about it; `None` if something can.
 
     Args:
         rewards, outcomes (`torch.Tensor` of shape `(rollouts,)`):

@@ -27,7 +27,7 @@ def score_set(host: Host, fixed_set: FixedSet, name: str) -> dict[str, float]:
 
     Returns the policy's `entropy` and `cross_entropy` (nats per token) on the set; the divergence KL(base || policy),
     estimated on the set, which the base policy has sampled, as `kl_per_sequence` and `kl_per_token`; and
-    `log_ratio_of_right`, the mean log-ratio to the base of the rollouts with a positive advantage, in nats.
+    `log_ratio_of_correct`, the mean log-ratio to the base of the rollouts with a positive advantage, in nats.
     """
     accelerator, sums = host.trainer.accelerator, torch.zeros(8, dtype=torch.float64)
     with host.measuring():
@@ -61,7 +61,7 @@ def score_set(host: Host, fixed_set: FixedSet, name: str) -> dict[str, float]:
         "cross_entropy": cross_entropy / max(tokens, 1),
         "kl_per_sequence": kl / max(sequences, 1),
         "kl_per_token": kl / max(tokens, 1),
-        "log_ratio_of_right": good_log_ratio / good_count if good_count else math.nan,
+        "log_ratio_of_correct": good_log_ratio / good_count if good_count else math.nan,
     }
 
 
@@ -138,10 +138,10 @@ def warn_of_collapse(round_number: int, loss: str, measures: dict[str, float], b
             f"{measures['kl_per_sequence']:.1f} nats per sequence away from it)"
         )
     else:
-        collapsed = measures["set_log_ratio_of_right"] <= 0  # NaN where no rollout is better than another
+        collapsed = measures["set_log_ratio_of_correct"] <= 0  # NaN where no rollout is better than another
         finding = (
             f"makes even the correct rollouts less likely than the base policy does (by "
-            f"{-measures['set_log_ratio_of_right']:.2f} nats per sequence)"
+            f"{-measures['set_log_ratio_of_correct']:.2f} nats per sequence)"
         )
     if collapsed:
         logger.warning(

@@ -60,8 +60,8 @@ class Stages:
             self._begun = number
         elif self._begun not in (None, number):  # a run that resumes within a pass has begun none
             raise ValueError(
-                "A callback has ended a pass over the set early (control.should_epoch_stop), without which the stages "
-                "do not fit together: end the whole run instead (control.should_training_stop)."
+                "A callback has ended a pass over the set early (control.should_epoch_stop), but every stage needs "
+                "whole passes: end the whole run instead (control.should_training_stop)."
             )
         return not self._skips
 
@@ -88,7 +88,7 @@ class Stages:
             batch["old_per_token_logps"] = torch.where(known, sampler_logps, batch["base_logps"])
         if phase.stage == 2:
             batch["ref_per_token_logps"] = batch["base_logps"]
-        # Every token of the set weighs alike: TRL makes of this the tokens of one accumulation window, on average
+        # Every token of the set has the same weight: the mean number of tokens in an accumulation window of TRL's
         windows = self.schedule.steps_per_pass * args.gradient_accumulation_steps / args.steps_per_generation
         batch["num_items_in_batch"] = torch.full(
             (), self.fixed_set.num_tokens / windows, device=batch["rewards"].device
@@ -205,20 +205,20 @@ class Stages:
             self.base.save(folder)
 
     def load(self, folder: str) -> None:
-        """Reads what `save` wrote, or stops: without its set and its base, a round cannot go on."""
+        """Reads what `save` wrote. Raises a `ValueError` if it does not fit: a round needs its set and base."""
         path, trainer = self._path(folder), self.host.trainer
         theirs = json.loads(read_metadata(path)["run"]) if path.exists() else None
         ours = self.host.identity()
         fits = torch.tensor([theirs == ours], device=trainer.accelerator.device)
-        # All processes or none: otherwise those that go on would wait for the others forever
+        # Either all processes raise or none does: otherwise some would wait for the others forever
         if not trainer.accelerator.gather(fits).all():
             changes = "the fixed set is missing"
             if theirs is not None:
                 names = [name for name in ours if theirs.get(name) != ours[name]]
                 changes = ", ".join(f"{n} {theirs.get(n)} -> {ours[n]}" for n in names) or "on another process"
             raise ValueError(
-                f"The run cannot go on with the checkpoint {folder} ({changes}): resume with the settings and the "
-                "number of processes that it was written with, or start anew from its weights."
+                f"The run cannot continue from the checkpoint {folder} ({changes}): resume with the settings and the "
+                "number of processes that it was written with, or start a new run from its weights."
             )
         if trainer.state.global_step > self.schedule.steps:
             raise ValueError(

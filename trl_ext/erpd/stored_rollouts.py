@@ -51,7 +51,7 @@ def read_stored_rollouts(host: Host) -> RoundRollouts:
 
     Prompts are tokenized as they are when they are sampled. A completion gets the end-of-sequence token unless it has
     one already, or was truncated: it has as many tokens as `max_completion_length` allows or, if there are `logprobs`,
-    as many tokens as these. What is left over when whole updates are made is not used.
+    as many tokens as these. Rollouts beyond the last whole update are not used.
     """
     args, accelerator = host.trainer.args, host.trainer.accelerator
     update = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -175,7 +175,6 @@ def _warn_of_what_is_not_used(left_over: int, update: int, unmatched: int, local
         )
     if unmatched:
         logger.warning(
-            f"The logprobs of {unmatched} of {local} stored rollouts are not used, because they are not as many as "
-            "the tokens that the tokenizer makes of the completion: store the text with which it was sampled, special "
-            "tokens included."
+            f"The logprobs of {unmatched} of {local} stored rollouts are not used, because their number is not that "
+            "of the completion's tokens: store the text as it was sampled, including special tokens."
         )

@@ -22,7 +22,7 @@ import torch
 from trl_ext.losses.token_loss import Metrics, PolicyRatio, TokenLoss, at_least_float32, masked, policy_ratio
 
 
-# The closest to 0 and 1 that float32 can tell a probability from them
+# Probabilities nearer to 0 or 1 than this cannot be told from them in float32
 PROBABILITY_MARGIN = 1e-7
 
 
@@ -67,7 +67,7 @@ def spo_loss(
     $$ L = -\left( r A - \frac{|A|}{2 \epsilon} (r - 1)^2 \right) $$
 
     Its gradient is \\( -r A w \nabla \log \pi \\) with \\( w = 1 - \mathrm{sign}(A) (r - 1) / \epsilon \\), which is
-    unbounded as \\( \mu \to 0 \\): DRPO's reason to exist.
+    unbounded as \\( \mu \to 0 \\), which DRPO avoids.
 
     Args:
         radius (`float`, defaults to `0.2`):

@@ -14,8 +14,8 @@ Common arguments of the losses:
   finite counts as ratio 1.
 - `mask` (`torch.Tensor` of shape `(batch, time)`): non-zero for the tokens that count.
 
-The two losses that judge a whole sequence spread its loss evenly over its tokens: **the sum over the tokens of a
-sequence is its loss**, and the gradient of each token is that of the sequence's loss. So average the sums.
+The two losses of whole sequences spread a sequence's loss evenly over its tokens: **the sum over the tokens of a
+sequence is its loss**, and the gradient is that of the sequence's loss. So average the sums.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def reward_cross_entropy_loss(
 
     Args:
         outcomes (`torch.Tensor` of shape `(batch,)`):
-            \\( o \\) from 0 (wrong) to 1 (right), see [`outcomes_of`]. A sequence of outcome NaN has no loss.
+            \\( o \\) from 0 (incorrect) to 1 (correct), see [`outcomes_of`]. A sequence of outcome NaN has no loss.
         beta_r (`float`, defaults to `0.5`):
             \\( \beta_r \\), in 1 / nats.
     """
@@ -84,8 +84,8 @@ def reward_cross_entropy_loss(
     targets = torch.where(known, at_least_float32(outcomes), 0.0)
     losses = binary_cross_entropy_with_logits(implicit_rewards, targets.to(implicit_rewards), reduction="none")
     metrics: Metrics = {
-        "extraction/implicit_reward_right": _where(implicit_rewards, targets > 0.5),
-        "extraction/implicit_reward_wrong": _where(implicit_rewards, known & (targets <= 0.5)),
+        "extraction/implicit_reward_correct": _where(implicit_rewards, targets > 0.5),
+        "extraction/implicit_reward_incorrect": _where(implicit_rewards, known & (targets <= 0.5)),
     }
     return TokenLoss(_spread(masked(losses, known), mask), metrics)
 
@@ -108,15 +108,15 @@ def reward_regression_loss(
     targets = at_least_float32(targets).detach()
     losses = masked((implicit_rewards - targets.nan_to_num()).square(), ~targets.isnan())
     metrics: Metrics = {
-        "extraction/implicit_reward_right": _where(implicit_rewards, targets > 0),
-        "extraction/implicit_reward_wrong": _where(implicit_rewards, targets < 0),
+        "extraction/implicit_reward_correct": _where(implicit_rewards, targets > 0),
+        "extraction/implicit_reward_incorrect": _where(implicit_rewards, targets < 0),
     }
     return TokenLoss(_spread(losses, mask), metrics)
 
 
 def outcomes_of(rewards: torch.Tensor) -> torch.Tensor:
     r"""
-    Any rewards as outcomes of [`reward_cross_entropy_loss`]: the affine map of their range to \\( [0, 1] \\),
+    Maps any rewards to outcomes for [`reward_cross_entropy_loss`], by the affine map of their range to \\( [0, 1] \\),
 
     $$ o_i = \frac{r_i - \min_j r_j}{\max_j r_j - \min_j r_j} $$
 
@@ -226,9 +226,9 @@ def normalize_signal(
     choice.
 
     `"standardize"`: \\( m \\) mean and \\( d \\) standard deviation over the tokens of the whole set. The mean of
-    `"teacher"` on the base's own samples is \\( -\mathrm{KL}(\pi_0 \| \pi_E) \le 0 \\): left in, it pushes every
-    token down. `"scale"`: only the division. `"none"`: neither. A signal whose spread is below `MIN_SIGNAL_STD` is
-    rounding noise and becomes 0.
+    `"teacher"` on the base's own samples is \\( -\mathrm{KL}(\pi_0 \| \pi_E) \le 0 \\): left in, it lowers the
+    probability of every token. `"scale"`: only the division. `"none"`: neither. A signal whose spread is below
+    `MIN_SIGNAL_STD` is rounding noise and becomes 0.
 
     Args:
         mean (`float`), std (`float`):

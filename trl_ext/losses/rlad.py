@@ -60,7 +60,7 @@ def trrd_loss(
     pulls toward the teacher where the clip only stops: a token of positive advantage that the teacher finds likelier
     is raised faster, one that the teacher finds less likely is pulled back beyond the radius.
 
-    A token whose `teacher_logps` is not finite is one that the teacher has no opinion of: its ratio is GRPO's.
+    A token whose `teacher_logps` is not finite has no teacher score: its ratio is GRPO's.
 
     Args:
         logps (`torch.Tensor` of shape `(batch, time)`):
@@ -94,7 +94,7 @@ def trrd_loss(
     token_loss = region(current + (log_ratio - log_ratio.detach()), current - log_ratio.detach(), advantages, mask)
 
     metrics = teacher_metrics(teacher_log_ratio, neutral)
-    # What would be the clip fraction in GRPO
+    # In GRPO this would be the clip fraction
     for clip, veto in (("high", "positive"), ("low", "negative")):
         if (share := token_loss.metrics.get(f"clip_ratio/{clip}_mean")) is not None:
             metrics[f"teacher/veto_{veto}"] = share
@@ -138,7 +138,7 @@ def kdrl_penalty(
 
 
 def teacher_metrics(teacher_log_ratio: torch.Tensor, neutral: torch.Tensor) -> Metrics:
-    """What is worth logging of the student's and the teacher's log-probabilities, whatever the loss."""
+    """Metrics of the student's and the teacher's log-probabilities, whatever the loss."""
     log_ratio = teacher_log_ratio.detach()
     return {
         "teacher/log_ratio": log_ratio,

@@ -13,7 +13,7 @@ $$ L = 1[x \sim \pi_S] \left( M (-R) + (1 - M) \sum_{v \in V_k} \pi_T(v) \log \f
 Its first part is [`tropd_loss`], its second [`guidance_loss`]; [`longest_prefix`] (Eq. 8) says how many tokens of a
 rollout are the teacher's. [`off_policy_loss`] is GKD's: of completions that are not the student's at all.
 
-A token whose \\( T \\) is NaN is one that the teacher cannot judge: it has no loss.
+A token whose \\( T \\) is NaN could not be scored by the teacher and has no loss.
 """
 
 import math
@@ -292,7 +292,7 @@ def forward_kl_top_k(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tenso
 def _reward(
     logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """S, R (detached, within ±20, 0 where masked) and the mask without the tokens that the teacher cannot judge."""
+    """S, R (detached, within ±20, 0 where masked) and the mask without the tokens that have no teacher score."""
     logps = at_least_float32(logps)
     teacher_logps = at_least_float32(teacher_logps).detach()
     mask = mask.bool() & ~teacher_logps.isnan()

@@ -35,7 +35,7 @@ PENALTY_SETTINGS = (
 @dataclass
 class RLADConfig(TeacherSettings, GRPOConfig):
     r"""
-    Configuration class for the [`RLADTrainer`]: all of [`~trl.GRPOConfig`], who the teacher is
+    Configuration class for the [`RLADTrainer`]: all of [`~trl.GRPOConfig`], the settings of the teacher
     ([`TeacherSettings`]), and how it is used.
 
     Parameters:
@@ -46,7 +46,7 @@ class RLADConfig(TeacherSettings, GRPOConfig):
             What bounds the ratio: `"ppo_clip"` (the paper's, with `epsilon`, `epsilon_high` and `delta`), or one of
             DRPO's `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"`.
         trust_region_radius (`float`, *optional*):
-            Radius of the latter; `None` takes the default that [`DRPOConfig`] lists.
+            Radius of one of DRPO's regions; `None` takes the default that [`DRPOConfig`] lists.
         teacher_mixture_alpha (`float`, *optional*, defaults to `0.5`):
             With `"trrd"`: the old student's exponent in the mixture of old student and teacher. 1 is GRPO, 0 is
             anchored to the teacher alone.
@@ -57,9 +57,9 @@ class RLADConfig(TeacherSettings, GRPOConfig):
         kdrl_coef (`float`, *optional*, defaults to `2e-3`):
             With `"kdrl"`: coefficient of the penalty at the first step.
         kdrl_coef_decay (`float`, *optional*, defaults to `0.0`):
-            With `"kdrl"`: what the coefficient loses each optimizer step.
+            With `"kdrl"`: decrease of the coefficient per optimizer step.
         kdrl_coef_min (`float`, *optional*, defaults to `0.0`):
-            With `"kdrl"`: where that ends.
+            With `"kdrl"`: lower bound of the coefficient.
         kdrl_estimator (`str`, *optional*, defaults to `"k2"`):
             With `"kdrl"`: estimator of the KL divergence, `"k2"` or `"k3"`.
         kdrl_mask (`str`, *optional*, defaults to `"none"`):
@@ -104,9 +104,9 @@ class RLADConfig(TeacherSettings, GRPOConfig):
         default=2e-3, metadata={"help": "With 'kdrl': coefficient of the penalty at the first step."}
     )
     kdrl_coef_decay: float = field(
-        default=0.0, metadata={"help": "With 'kdrl': what the coefficient loses each optimizer step."}
+        default=0.0, metadata={"help": "With 'kdrl': decrease of the coefficient per optimizer step."}
     )
-    kdrl_coef_min: float = field(default=0.0, metadata={"help": "With 'kdrl': where the decay ends."})
+    kdrl_coef_min: float = field(default=0.0, metadata={"help": "With 'kdrl': lower bound of the coefficient."})
     kdrl_estimator: str = field(
         default="k2",
         metadata={"help": "With 'kdrl': estimator of the KL divergence.", "choices": list(CHOICES["kdrl_estimator"])},
@@ -129,7 +129,7 @@ class RLADConfig(TeacherSettings, GRPOConfig):
 
 
 def check_rlad_args(args: GRPOConfig, owner: str) -> None:
-    """Raises a `ValueError`, in one sentence that says how to fix it, for settings that RLAD cannot honour."""
+    """Raises a `ValueError`, which says how to fix it, for settings that RLAD cannot honour."""
     check_policy_loss_args(args, owner)
     check_trust_region(args)
     for name, choices in CHOICES.items():

@@ -26,16 +26,16 @@ logger = get_logger(__name__)
 class RLADTrainer(TeacherMixin, PolicyLossTrainer):
     r"""
     Trainer for [Reinforcement-aware Knowledge Distillation for LLM Reasoning](https://huggingface.co/papers/2602.22495):
-    GRPO in whose ratio the teacher stands beside the old policy (Trust Region Ratio Distillation, Eq. 3-5),
+    GRPO whose ratio is against the old policy and the teacher together (Trust Region Ratio Distillation, Eq. 3-5),
 
     $$ \log r_t = \alpha (\log \pi_t - \log \pi^\mathrm{old}_t) + (1 - \alpha)\, \mathrm{clamp}(\log \pi_t -
     \log \pi^\mathrm{teacher}_t, -c, c) $$
 
     so that the student imitates only where that helps the update: with a zero advantage the teacher has no influence,
-    and it vetoes what would lead further from it. With `distillation="kdrl"`, the baseline KDRL
+    and it vetoes updates that lead further from it. With `distillation="kdrl"`, the baseline KDRL
     ([2506.02208](https://huggingface.co/papers/2506.02208)): GRPO plus a penalty on the distance to the teacher.
 
-    The teacher scores the student's completions once a rollout batch; only the sampled tokens' log-probabilities are
+    The teacher scores the student's completions once per rollout batch; only the sampled tokens' log-probabilities are
     needed. Where the dataset has a `teacher_prompt` column, it scores them after that prompt instead of the student's.
     Takes the arguments of [`~trl.GRPOTrainer`], in the same order, and `teacher_model`; `args` may be a plain
     [`~trl.GRPOConfig`].
@@ -91,8 +91,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             logger.warning(
                 f"{settings} has no effect with distillation={self.args.distillation!r} and "
-                f"kdrl_mask={self.args.kdrl_mask!r}: remove it, or set distillation to what reads it "
-                "('trrd_and_kdrl' reads both)."
+                f"kdrl_mask={self.args.kdrl_mask!r}: remove it, or choose the distillation that it belongs to "
+                "('trrd_and_kdrl' has the settings of both)."
             )
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
@@ -137,8 +137,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
             token_loss.metrics["kdrl/coef"] = torch.full((len(mask),), coefficient, device=mask.device)
             if args.kdrl_mask != "none":
                 token_loss.metrics["kdrl/distilled"] = inputs["distilled"].expand(mask.shape)
-        # What can only be 0 or 1 is not logged: the drift on policy, the silence of a teacher that is never silent
-        if self.teacher_is_always_heard:
+        # Constants are not logged: the drift on policy, the share of unscored tokens of a teacher that scores all
+        if self.teacher_scores_all:
             constant += ("teacher/neutral",)
         token_loss.metrics = {n: values for n, values in token_loss.metrics.items() if not n.startswith(constant)}
         return token_loss
@@ -167,7 +167,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         if not any(prompts):
             return None
         prompts = [prompt or row["prompt"] for prompt, row in zip(prompts, rows, strict=True)]
-        return [self.tokenize_prompts([prompt])[0] for prompt in prompts]  # they may be text or messages, each
+        return [self.tokenize_prompts([prompt])[0] for prompt in prompts]  # each may be text or messages
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,9 +1,9 @@
 """
-A frozen teacher, whatever it is: a model (loaded, or from a name or path), an adapter on the student, or a server.
+A frozen teacher of any kind: a model (loaded, or from a name or path), an adapter on the student, or a server.
 
 All distillation trainers use it through one interface, [`Teacher`]: `check_tokenizer` before anything is loaded,
-`prepare` once the trainer exists, then `sampled_logps` or `next_tokens`, once per rollout batch. What the trainers do
-with it alike is in [`TeacherMixin`], the settings in [`TeacherSettings`].
+`prepare` once the trainer exists, then `sampled_logps` or `next_tokens`, once per rollout batch. What the trainers
+share is in [`TeacherMixin`], the settings are in [`TeacherSettings`].
 """
 
 from trl_ext.teacher.base import Teacher, text_tokenizer

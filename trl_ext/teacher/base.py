@@ -1,4 +1,4 @@
-"""What every teacher can do, whatever it is, and when its tokenizer is the student's."""
+"""The interface of every teacher, and the comparison of its tokenizer with the student's."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ Score = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
 
 class Teacher(ABC):
     """
-    What every teacher can do. Nothing it returns has a gradient.
+    The interface of every teacher. Nothing that it returns has a gradient.
 
     Attributes:
         name (`str`):
@@ -27,7 +27,7 @@ class Teacher(ABC):
         scores_every_token (`bool`):
             Whether `sampled_logps` never holds NaN.
         is_local (`bool`):
-            Whether it is a model in this process, which can sample and whose entropies are known.
+            Whether it is a model in this process, which can also sample and return entropies.
         max_length (`int` or `None`):
             The most tokens of prompt and completion together that it was made for; `None` where that is not known.
     """
@@ -88,7 +88,7 @@ class Teacher(ABC):
         return nullcontext()
 
     def foreign_ends(self, student_eos_token_ids: Iterable[int]) -> list[int]:
-        """Tokens that end the student's completions but not the teacher's, which therefore has no opinion of them."""
+        """Tokens that end the student's completions but not the teacher's, so that its score of them means nothing."""
         return sorted(set(student_eos_token_ids) - self.eos_token_ids) if self.eos_token_ids else []
 
 

@@ -1,4 +1,4 @@
-"""Which teacher was asked for."""
+"""Makes the teacher that the arguments name."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ logger = get_logger(__name__)
 
 def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher:
     """
-    The [`Teacher`] that was asked for, nothing loaded yet.
+    The [`Teacher`] that the arguments name. Nothing is loaded yet.
 
     Args:
         teacher (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] or `None`):
             A loaded model, a hub name or path, the name of an adapter of the student, `"base"` for the student
-            without its adapter, or a URL. `None`: what `args` name.
+            without its adapter, or a URL. `None`: the one that `args` names.
         student (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model that is trained.
         args ([`~trl.GRPOConfig`] with [`TeacherSettings`]):

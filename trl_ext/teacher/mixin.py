@@ -1,4 +1,4 @@
-"""What a trainer does with its teacher, whichever trainer of TRL's it extends."""
+"""What trainers with a teacher share, whichever trainer of TRL they extend."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -46,8 +46,8 @@ class TeacherMixin:
 
     def teacher_batch(self, batch: dict[str, Any], prompts: list[list[int]] | None) -> dict[str, Any]:
         """
-        A rollout batch as the teacher sees it: after `prompts`, token ids of its own, where there are any. They are
-        padded on the left by themselves.
+        A rollout batch as the teacher sees it: with `prompts`, token ids of each row, in place of the student's, where
+        there are any.
         """
         if prompts is None:
             return batch
@@ -64,7 +64,7 @@ class TeacherMixin:
                 f"A teacher_prompt and its completion have up to {length} tokens, but the teacher {self.teacher.name} "
                 f"was made for {self.teacher.max_length}: shorten the column teacher_prompt."
             )
-        # Whatever pads is masked: 0 is a token of every vocabulary
+        # Padding is masked, so that any token will do: 0 is in every vocabulary
         ids, mask = (
             pad([torch.tensor(row, device=device) for row in rows], padding_value=0, padding_side="left")
             for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
@@ -73,7 +73,7 @@ class TeacherMixin:
 
     def without_foreign_ends(self, logps: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """
-        The teacher's log-probabilities, NaN where the student ends with a token with which the teacher does not.
+        The teacher's log-probabilities, NaN at end tokens of the student's that are not the teacher's.
 
         Both of shape `(batch, time)`.
         """
@@ -84,7 +84,7 @@ class TeacherMixin:
 
     def stop_at_nan(self, scores: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """
-        Raises a `FloatingPointError`, on all processes alike, where a teacher in this process returned NaN.
+        Raises a `FloatingPointError` on all processes if the teacher returned NaN on one.
 
         Args:
             scores (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
@@ -92,7 +92,7 @@ class TeacherMixin:
                 the tokens that they are for, both of shape `(batch, time)`.
         """
         if not self.teacher.scores_every_token:
-            return  # a server may have no value for a token, and checks its own answers
+            return  # a server may have no score for a token, and checks its own answers
         counts = [torch.stack([(logps.isnan() & mask.bool()).sum(), mask.bool().sum()]) for logps, mask in scores]
         nan, tokens = self.accelerator.gather(torch.stack(counts).sum(0)[None]).sum(0).tolist()
         if nan:
@@ -102,8 +102,8 @@ class TeacherMixin:
             )
 
     @property
-    def teacher_is_always_heard(self) -> bool:
-        """Whether the teacher has an opinion of every token."""
+    def teacher_scores_all(self) -> bool:
+        """Whether every token has a score of the teacher's."""
         return self.teacher.scores_every_token and not self._foreign_ends
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

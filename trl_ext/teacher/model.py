@@ -82,12 +82,12 @@ class ModelTeacher(Teacher):
             loading.pop("revision", None)  # the adapter's, not the base model's
         logger.warning(
             f"The teacher {self.name} has no tokenizer that could be loaded, so that nothing checks that it is the "
-            "student's: save one beside the teacher with tokenizer.save_pretrained(), or make sure that it is."
+            "student's: save it beside the teacher with tokenizer.save_pretrained(), or make sure that they agree."
         )
         return None
 
     def _check_source(self, loading: dict[str, Any]) -> list[str]:
-        """Refuses what is no language model; returns where files may be: the source and, of an adapter, its base."""
+        """Refuses models without an LM head; returns where files may be: the source and, for an adapter, its base."""
         names = [self.source]
         try:
             if adapter := self._adapter_config():
@@ -199,7 +199,7 @@ class ModelTeacher(Teacher):
     def _known_tokens(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """
         The batch without tokens beyond the teacher's vocabulary, and where they were, of shape `(batch, time)`: the
-        student may sample from its padding, which the teacher has not even a number for and to which it is impossible.
+        student may sample an id of its padded vocabulary that the teacher's does not have, and that it cannot produce.
         """
         unknown = batch["completion_ids"] >= self.vocab_size
         known = {name: batch[name].clamp(max=self.vocab_size - 1) for name in ("prompt_ids", "completion_ids")}

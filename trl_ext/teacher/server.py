@@ -1,4 +1,4 @@
-"""A teacher that a vLLM server holds, through TRL's own client."""
+"""A teacher on a vLLM server, through TRL's own client."""
 
 import math
 import time
@@ -149,7 +149,7 @@ class ServerTeacher(Teacher):
         return NextTokens(self._sampled(batch, answer), top_k_logps, top_k_ids, None)
 
     def _sampled(self, batch: dict[str, Any], answer: dict[str, list]) -> torch.Tensor:
-        """Log-probabilities of the completion's tokens, NaN where the server has none: it has no opinion."""
+        """Log-probabilities of the completion's tokens, NaN where the server has none."""
         rows = [[values[0] for values in row] for row in answer["actual_logprobs"]]
         logps = self._padded(batch, rows, math.nan)
         unknown = logps.isinf()
@@ -198,11 +198,11 @@ class ServerTeacher(Teacher):
         return empty
 
     def _scorable(self, prompt: list[int], completion: list[int]) -> list[int]:
-        """As much of a completion as the server can be asked for; tokens beyond its vocabulary become another."""
+        """As much of a completion as fits the server's context; tokens beyond its vocabulary are replaced."""
         if self.max_length is not None and len(prompt) + len(completion) >= self.max_length:
             logger.warning_once(
-                f"The teacher server {self.url} scores sequences of up to {self.max_length - 1} tokens; what comes "
-                "after them has no teacher: serve it with a larger --max-model-len."
+                f"The teacher server {self.url} scores sequences of up to {self.max_length - 1} tokens; those "
+                "beyond have no teacher score: serve it with a larger --max-model-len."
             )
             completion = completion[: max(self.max_length - 1 - len(prompt), 0)]
         return completion if self.vocab_size is None else [min(i, self.vocab_size - 1) for i in completion]

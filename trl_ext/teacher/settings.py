@@ -1,4 +1,4 @@
-"""Settings that say who the teacher is."""
+"""Settings of the teacher."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ class TeacherSettings:
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             For the teacher's `from_pretrained`: `dtype` (default `"auto"`), `quantization_config`, ...
         teacher_model_server_url (`str`, *optional*):
-            URL of a vLLM server that holds the teacher.
+            URL of a vLLM server that serves the teacher.
         teacher_server_timeout (`float`, *optional*, defaults to `240.0`):
             Seconds to wait for that server at the start, and for each of its answers.
     """
@@ -33,7 +33,7 @@ class TeacherSettings:
         default=None, metadata={"help": "Keyword arguments of the teacher's `from_pretrained`."}
     )
     teacher_model_server_url: str | None = field(
-        default=None, metadata={"help": "URL of a vLLM server that holds the teacher."}
+        default=None, metadata={"help": "URL of a vLLM server that serves the teacher."}
     )
     teacher_server_timeout: float = field(
         default=240.0, metadata={"help": "Seconds to wait for the teacher server at the start and for each answer."}

@@ -20,7 +20,7 @@ CHOICES: dict[str, Collection[str]] = {
     "guidance_prefix": ("random", "longest"),
     "vllm_mode": ("colocate", "server"),
 }
-# Of GKDConfig and SFTConfig: they are about batches, losses or columns that TrOPDTrainer makes itself
+# Of GKDConfig and SFTConfig: settings of batches, losses or columns that TrOPDTrainer makes itself
 NEVER_READ = {
     "average_tokens_across_devices",
     "beta",
@@ -70,8 +70,8 @@ def check_tropd_args(args: Any) -> None:
             )
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} goes by the length of rows, but completions "
-            "are sampled anew: set it to 'random' or 'sequential'."
+            f"train_sampling_strategy={args.train_sampling_strategy!r} sorts by the length of rows, but their "
+            "completions are yet to be sampled: set it to 'random' or 'sequential'."
         )
     for name in ("packing", "padding_free", "assistant_only_loss"):
         if getattr(args, name):

@@ -44,7 +44,7 @@ class Objective:
             The setting that says how many of the teacher's most likely tokens the loss takes, as `top_k_logps` and
             `teacher_top_k_logps`.
         other_settings (`tuple[str, ...]`, *optional*):
-            Settings that mean something for this objective, but not to its loss.
+            Settings of this objective that its loss does not read.
     """
 
     loss: Callable[..., TokenLoss]
@@ -56,7 +56,7 @@ class Objective:
 
     @property
     def settings(self) -> set[str]:
-        """All settings that mean something for this objective."""
+        """All settings of this objective."""
         return {*self.options, *self.other_settings} | ({self.top_k} if self.top_k else set())
 
 

@@ -26,7 +26,7 @@ class PromptCollator:
     A row has `messages`, of which the last is the completion if it is the assistant's; or a `prompt` and optionally a
     `completion`, both as text or both as messages. `tools` (a list, or JSON text) and `chat_template_kwargs` go to the
     chat template. Prompt and completion are tokenized separately, because completions are sampled after a prompt that
-    was tokenized alone: no token lies across their border.
+    was tokenized alone: no token spans the boundary.
 
     A `teacher_prompt` (text or messages) is what the teacher sees in place of the prompt. The batch then has
     `teacher_prompts` and `teacher_prompt_attention_mask`, which are never cut.
@@ -36,7 +36,7 @@ class PromptCollator:
             The student's.
         max_length (`int`, *optional*):
             Maximum length of prompt and completion together, in tokens. A longer row loses the end of its completion;
-            a prompt that is longer by itself loses its beginning. A completion never costs its prompt a token.
+            a prompt that is longer by itself loses its beginning. A prompt is never cut to make room for a completion.
         completions (`bool`, defaults to `True`):
             Whether completions are needed.
     """

@@ -40,7 +40,7 @@ def roll_out(
     """
     Samples a completion for each row, or takes the one of the dataset.
 
-    Whatever the draws are, all processes take part in each generation, because ZeRO-3 gathers weights from them all.
+    All processes take part in each generation, whatever they draw, because ZeRO-3 gathers weights from all of them.
 
     Args:
         trainer ([`TrOPDTrainer`]):
@@ -98,7 +98,7 @@ def prefix_lengths(
 
     Args:
         available (`list[int]`):
-            How many it wrote for each rollout.
+            How many tokens the teacher wrote for each rollout.
         longest (`int`):
             The most that the schedule allows, see [`~trl_ext.losses.longest_prefix`].
         share (`float`):

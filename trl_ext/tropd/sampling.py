@@ -76,12 +76,14 @@ class RolloutSampler:
     def from_student(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """
         One completion per prompt, as token ids, up to and including its end token. vLLM ignores `max_new_tokens` and
-        goes on to `args.max_new_tokens`.
+        samples up to `args.max_new_tokens`.
         """
         if self._vllm is None:
             return self._generate(self.trainer.model_wrapped, prompts, max_new_tokens, self.eos_token_ids)
         step = self.trainer.state.global_step
-        if step != self._loaded_step or not self.trainer.model.training:  # evaluation may follow the loading of others
+        if (
+            step != self._loaded_step or not self.trainer.model.training
+        ):  # other weights may have been loaded to evaluate
             self._vllm.sync_weights()
             self._loaded_step = step
         accelerator = self.trainer.accelerator

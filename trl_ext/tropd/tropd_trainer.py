@@ -151,7 +151,9 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         tokenizer = text_tokenizer(processing_class)
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            raise ValueError(f"{name} pads, but the tokenizer has neither a padding nor an end token: set pad_token.")
+            raise ValueError(
+                f"{name} needs padding, but the tokenizer has neither a padding nor an end token: set pad_token."
+            )
         if data_collator is None:
             data_collator = PromptCollator(tokenizer, args.max_length, completions=needs is not None)
         if isinstance(train_dataset, IterableDataset) and args.num_generations > 1:
@@ -256,8 +258,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
 
     def rollout_seed(self, index: int) -> int:
         """
-        The seed of the rollouts being made, for the process or the engine with this index: TRL seeds all processes
-        alike, and their samples would be the same.
+        The seed of the rollouts being made, for the process or the engine with this index. TRL gives all processes the
+        same seed, with which they would draw the same samples.
         """
         key = (self.args.seed, self.state.global_step, index, self._eval_batches)
         return random.Random(str(key)).getrandbits(62)
@@ -339,7 +341,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     # The rest of the run
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # GKD's samples here
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # GKD's own would sample
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
