@@ -104,6 +104,8 @@ SAMPLER = Check(
     "Before any update the trainer's log-probabilities differ from the sampler's by {value:.3f} nats per token on "
     "average: they do not compute the same policy",
     "check that the sampler has the current weights, the same precision, temperature=1.0, top_p=1.0 and top_k=0",
+    extraction_remedy="check that the sampler has the current weights, the same precision, temperature=1.0, top_p=1.0 "
+    "and top_k=0; with stored rollouts of another policy this is expected",
 )
 GROUPS = Check(
     "groups_without_signal",
@@ -155,7 +157,8 @@ class TrainingDiagnosticsCallback(TrainerCallback):
             Lower bound of the policy's entropy, as a share of its first value.
         max_fresh_log_ratio (`float`, *optional*, defaults to `0.1`):
             Bound of the mean \\( |\log \pi - \log \mu| \\), in nats per token, on rollouts that no update has followed
-            yet. It is known where the sampler gives log-probabilities (vLLM, `rollout_func`).
+            yet. It is known where the sampler gives log-probabilities (vLLM, `rollout_func`, stored rollouts with
+            `logprobs`).
         max_outside_share (`float`, *optional*, defaults to `0.3`):
             Bound of the share of tokens outside the trust region, or clipped.
         max_veto_share (`float`, *optional*, defaults to `0.5`):

@@ -345,8 +345,9 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         metrics = dict(token_loss.metrics)
         if sampler_logps is not None:
             metrics["sampling/missing_logps"] = (~sampler_logps.isfinite()).float()
-            if self.model.training and self._is_fresh:
-                metrics["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, sampler_logps)
+        if "sampling_per_token_logps" in inputs and self.model.training and self._is_fresh:
+            # Whether or not the ratio is against them: it shows that sampler and trainer disagree
+            metrics["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, inputs["sampling_per_token_logps"])
         self._token_metrics["train" if self.model.training else "eval"].update(metrics, mask)
 
         # TRL's own ratio weighs the KL term, and would be inf or NaN for impossible tokens

@@ -59,7 +59,6 @@ def compare_with_model(trainer: Any) -> list[float]:
     """
     differences: list[float] = []
     generation = generation_of(trainer)
-    generation.logprobs = 0  # of the sampled token; TrOPD has no use for them and asks for none
     generate = generation.generate
 
     def compared(*args: Any, **kwargs: Any) -> tuple:

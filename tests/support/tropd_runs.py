@@ -62,7 +62,7 @@ def hashed_completion(prompt: list[int]) -> list[int]:
 
 def hash_rollouts(trainer: Any) -> None:
     """Makes the student's and the teacher's samples depend on nothing but the prompt."""
-    trainer.sampler.from_student = lambda prompts, length: [hashed_completion(prompt) for prompt in prompts]
+    trainer.sampler.from_student = lambda prompts, length: ([hashed_completion(prompt) for prompt in prompts], None)
     trainer.sampler.from_teacher = lambda prompts, length: [
         hashed_completion([0, *prompt])[:length] for prompt in prompts
     ]

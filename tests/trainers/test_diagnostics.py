@@ -97,6 +97,25 @@ def test_a_sampler_that_computes_another_policy(path, tmp_path, caplog):
     assert "they do not compute the same policy. Check that the sampler has" in warnings_of(caplog)[0]
 
 
+def test_a_sampler_that_computes_another_policy_than_rlads(path, tmp_path, caplog):
+    """RLAD's ratio is not against the sampler, but the difference is logged all the same, from the passes it makes."""
+    diagnostics = TrainingDiagnosticsCallback(window=1, max_cut_share=None)
+    args = RLADConfig(**tiny.grpo_settings(tmp_path, max_steps=3))
+    trainer = RLADTrainer(
+        path,
+        tiny.digits_reward,
+        args,
+        tiny.prompts(),
+        callbacks=[diagnostics],
+        rollout_func=tiny.rollout,
+        teacher_model=tiny.policy(1),
+    )
+    trainer.train()
+    fresh = [log.get("sampling/fresh_log_ratio_abs") for log in trainer.state.log_history[:3]]
+    assert fresh == [pytest.approx(0.19, abs=0.05), None, pytest.approx(0.19, abs=0.05)]
+    assert "fresh_log_ratio" in diagnostics.findings
+
+
 def test_a_learning_rate_that_is_too_high(path, tmp_path, caplog):
     diagnostics = TrainingDiagnosticsCallback(
         window=1, min_entropy_share=0.7, max_outside_share=0.15, max_cut_share=None

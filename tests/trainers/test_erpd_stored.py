@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
 
-from trl_ext import ERPDConfig, ERPDTrainer
+from trl_ext import ERPDConfig, ERPDTrainer, TrainingDiagnosticsCallback
 from trl_ext.erpd.stored_rollouts import group_advantages, has_stored_rollouts, read_stored_rollouts
 
 
@@ -159,6 +159,7 @@ def test_the_samplers_log_probabilities(path, tmp_path, caplog):
     rows += [{**row, "reward": 1 - row["reward"]} for row in rows]
     rows[0]["logprobs"] = [-3.0]
     trainer = from_stored(path, tmp_path, rows, extraction_loss="sapo")
+    trainer.add_callback(TrainingDiagnosticsCallback(verbose=False))
     seen, policy_loss = [], trainer.policy_loss
 
     def record(logps, behaviour_logps, advantages, mask, inputs):
@@ -173,6 +174,10 @@ def test_the_samplers_log_probabilities(path, tmp_path, caplog):
     assert torch.equal(behaviour[~known], base[~known])
     log = next(log for log in trainer.state.log_history if "base/log_ratio_to_sampler" in log)
     assert log["base/log_ratio_to_sampler"] == pytest.approx(base[known].mean().item() + 3, abs=1e-4)
+    difference = (base[known] + 3).abs().mean().item()
+    assert log["sampling/fresh_log_ratio_abs"] == pytest.approx(difference, abs=1e-4)
+    assert f"differ from the sampler's by {difference:.3f} nats per token" in caplog.text
+    assert "with stored rollouts of another policy this is expected" in caplog.text
     assert "The logprobs of 1 of 16 stored rollouts are not used" in caplog.text
 
 

@@ -31,9 +31,16 @@ def test_samples_are_of_the_distribution_that_is_scored(tmp_path, who):
         model.generation_config.min_p = 0.5
     trainer = make_trainer(tmp_path, *models.values(), temperature=0.5)
     prompt = tiny.tokenizer()("11+11=")["input_ids"]
-    sample = trainer.sampler.from_student if who == "student" else trainer.sampler.from_teacher
+
+    def sample(prompts):
+        return (
+            trainer.sampler.from_student(prompts, 1)[0]
+            if who == "student"
+            else trainer.sampler.from_teacher(prompts, 1)
+        )
+
     torch.manual_seed(0)
-    drawn = frequencies([c for _ in range(4) for c in sample([prompt] * 1000, 1)], 50)
+    drawn = frequencies([c for _ in range(4) for c in sample([prompt] * 1000)], 50)
     with torch.no_grad():
         expected = (models[who](input_ids=torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1)
     assert (drawn - expected).abs().sum() < 0.12  # 4000 draws over 50 tokens differ by about 0.08
@@ -53,7 +60,7 @@ def biased_to(token, seed=0, **settings):
 
 def test_a_completion_keeps_its_end_token(tmp_path):
     trainer = make_trainer(tmp_path, biased_to(1))
-    assert trainer.sampler.from_student([[5, 6]] * 3, 10) == [[1]] * 3
+    assert trainer.sampler.from_student([[5, 6]] * 3, 10) == ([[1]] * 3, None)
 
 
 def test_a_completion_of_the_teacher_ends_with_its_own_end_token(tmp_path):
@@ -64,7 +71,7 @@ def test_a_completion_of_the_teacher_ends_with_its_own_end_token(tmp_path):
     trainer.sampler = type(trainer.sampler)(trainer)
     assert trainer.sampler.from_teacher([[5, 6]], 4) == [[7]]
     assert trainer.sampler.without_end([3, 7, 4]) == [3]
-    assert len(trainer.sampler.from_student([[5, 6]] * 8, 4)) == 8
+    assert len(trainer.sampler.from_student([[5, 6]] * 8, 4)[0]) == 8
 
 
 def test_a_completion_of_the_teacher_ends_before_a_token_outside_the_students_vocabulary(tmp_path):
@@ -126,6 +133,8 @@ def test_bfloat16_scores_student_and_teacher_alike(tmp_path):
 class StubEngine:
     """In place of vLLM: completions that depend on the prompt alone; records weights, prompts and random draws."""
 
+    logps = None  # of a token, by its number
+
     def __init__(self, **kwargs):
         self.settings, self.syncs, self.prompts, self.draws = kwargs, 0, [], []
 
@@ -137,7 +146,9 @@ class StubEngine:
         assert num_generations == 1
         self.prompts.append(prompts)
         self.draws.append(torch.rand(()).item())
-        return prompts, [hashed_completion(prompt) for prompt in prompts], None, None
+        completions = [hashed_completion(prompt) for prompt in prompts]
+        logps = self.logps and [[[self.logps(token)] for token in completion] for completion in completions]
+        return prompts, completions, logps, None
 
 
 @pytest.fixture
@@ -162,6 +173,29 @@ def test_vllm_samples_with_the_newest_weights(tmp_path, vllm_stub):
     assert engine.settings["temperature"] == 0.8
     assert engine.settings["max_completion_length"] == 10
     assert engine.settings.keys() <= inspect.signature(VLLMGeneration.__init__).parameters.keys()
+
+
+def test_vllms_log_probabilities_are_compared_with_the_trainers(tmp_path, vllm_stub, monkeypatch):
+    """On the student's own tokens alone, without those that a prefix gives or vLLM has no value for."""
+    monkeypatch.setattr(StubEngine, "logps", staticmethod(lambda token: None if token % 7 == 0 else -float(token)))
+    trainer = make_trainer(tmp_path, use_vllm=True, guidance="dataset", max_steps=1)
+    seen, total, count = [], 0.0, 0
+    score = trainer._run_score
+
+    def record(model, batch):
+        seen.append((batch, *score(model, batch)))
+        return seen[-1][1:]
+
+    trainer._run_score = record
+    trainer.train()
+    for batch, logps, *_ in seen:
+        for row in range(len(logps)):
+            own = batch["completion_mask"][row].bool() & ~batch["guided_mask"][row].bool()
+            for token, logp in zip(batch["completion_ids"][row][own], logps[row, :, 0][own], strict=True):
+                if token % 7:
+                    total, count = total + abs(logp.item() + token.item()), count + 1
+    assert any(batch["guided_mask"].any() for batch, *_ in seen)
+    assert trainer.state.log_history[0]["sampling/fresh_log_ratio_abs"] == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_no_tensor_of_logits(tmp_path, monkeypatch):
         max_new_tokens=24,
         per_device_train_batch_size=8,
     )
-    trainer.sampler.from_student = lambda prompts, length: [[5 + i % 40 for i in range(24)] for _ in prompts]
+    trainer.sampler.from_student = lambda prompts, length: ([[5 + i % 40 for i in range(24)] for _ in prompts], None)
     largest = tiny.LargestTensor()
     with largest:
         gradient(trainer, micro_batches(trainer, 8, 8))
@@ -408,9 +408,10 @@ def test_padded_vocabularies_of_different_size(tmp_path):
     ).all()  # normalized over the teacher's whole vocabulary
     trainer.train()
     larger = make_trainer(tmp_path, tiny.policy(vocab_size=size + 13), tiny.policy(seed=1))
-    larger.sampler.from_student = lambda prompts, length: [
-        [5, size + 3, 6, 1] for _ in prompts
-    ]  # one is outside the teacher's vocabulary
+    larger.sampler.from_student = lambda prompts, length: (
+        [[5, size + 3, 6, 1] for _ in prompts],  # one is outside the teacher's vocabulary
+        None,
+    )
     (batch,) = micro_batches(larger, 8, 8)
     assert batch["teacher_logps"].isinf().tolist() == [[False, True, False, False]] * 8
     larger.train()

@@ -65,16 +65,21 @@ def score_set(host: Host, fixed_set: FixedSet, name: str) -> dict[str, float]:
     }
 
 
-def log_ratio_to_sampler(host: Host, fixed_set: FixedSet) -> float | None:
-    """Mean of log base - log sampler (nats per token) over the tokens that the sampler has scored, if any."""
-    sums = torch.zeros(2, dtype=torch.float64)
+def log_ratio_to_sampler(host: Host, fixed_set: FixedSet) -> dict[str, float]:
+    r"""
+    What is worth logging about the tokens that the sampler has scored, if there are any: the means of \\( \log \pi_0
+    - \log \mu \\) and of its absolute value, in nats per token.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
     for batch, mask in fixed_set.masks():
         if "sampling_per_token_logps" in batch:
             log_ratio = (batch["base_logps"] - batch["sampling_per_token_logps"]).double()
             known = mask.bool() & log_ratio.isfinite()
-            sums += torch.stack([log_ratio[known].sum(), known.sum()])
-    total, count = reduced(host.trainer.accelerator, sums)
-    return total / count if count else None
+            sums += torch.stack([log_ratio[known].sum(), log_ratio[known].abs().sum(), known.sum()])
+    total, absolute, count = reduced(host.trainer.accelerator, sums)
+    if not count:
+        return {}
+    return {"base/log_ratio_to_sampler": total / count, "sampling/fresh_log_ratio_abs": absolute / count}
 
 
 def warn_of_strange_rollouts(scores: dict[str, float]) -> None:

@@ -130,8 +130,7 @@ class Stages:
         if not self._skips:
             scores = self._score("base")
             facts["base/set_entropy"] = scores["entropy"]  # its divergence from itself is 0
-            if (log_ratio := log_ratio_to_sampler(self.host, self.fixed_set)) is not None:
-                facts["base/log_ratio_to_sampler"] = log_ratio
+            facts |= log_ratio_to_sampler(self.host, self.fixed_set)
             if stored:
                 facts["base/set_cross_entropy"] = scores["cross_entropy"]
                 warn_of_strange_rollouts(scores)

@@ -20,7 +20,7 @@ from trl_ext.losses import (
     reopold_loss,
     tropd_loss,
 )
-from trl_ext.losses.token_loss import Metrics
+from trl_ext.losses.token_loss import Metrics, absolute_log_ratio
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def completion_loss(
     general: Metrics = {"entropy": entropy}
     if "teacher_entropy" in inputs:
         general["teacher/entropy"] = inputs["teacher_entropy"]
+    if "sampler_logps" in inputs and training:  # every rollout is used for one update, of the policy that sampled it
+        general["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, inputs["sampler_logps"])
     if "top_k_logps" in inputs:
         general["teacher/top_k_mass"] = inputs["top_k_logps"].exp().sum(-1)
     loss = token_loss.loss

@@ -23,12 +23,15 @@ class Rollout:
             How many tokens at the beginning of the completion the teacher wrote, as guidance.
         off_policy (`bool`):
             Whether the student wrote none of the completion (`lmbda` below 1).
+        sampler_logps (`list[float]`, *optional*):
+            Log-probabilities (nats) of the tokens that the student sampled, by the engine that sampled them.
     """
 
     prompt: list[int]
     completion: list[int]
     guided: int = 0
     off_policy: bool = False
+    sampler_logps: list[float] | None = None
 
 
 def roll_out(
@@ -72,13 +75,15 @@ def roll_out(
     lengths = prefix_lengths(available, longest, args.guidance_share, args.guidance_prefix == "random", generator)
     starts = [prompt + own[:length] for (prompt, _), own, length in zip(rows, written, lengths, strict=True)]
     continued: list[list[int]] = [[] for _ in rows]
+    logps_of: list[list[float] | None] = [None for _ in rows]
     if lmbda > 0:
         wanted = [i for i, off in enumerate(off_policy) if not off] or [0]  # this process must take part
         if args.use_vllm:  # a server needs the same number of prompts from every process
             wanted = list(range(len(rows)))
         most = args.max_new_tokens - min(lengths[i] for i in wanted)
-        for i, completion in zip(wanted, sampler.from_student([starts[i] for i in wanted], most), strict=True):
-            continued[i] = completion
+        completions, logps = sampler.from_student([starts[i] for i in wanted], most)
+        for i, completion, values in zip(wanted, completions, logps or [None] * len(wanted), strict=True):
+            continued[i], logps_of[i] = completion, values
 
     rollouts = []
     for i, (prompt, _) in enumerate(rows):
@@ -86,7 +91,7 @@ def roll_out(
             rollouts.append(Rollout(prompt, written[i], off_policy=True))
         else:
             completion = (written[i][: lengths[i]] + continued[i])[: args.max_new_tokens]
-            rollouts.append(Rollout(prompt, completion, guided=lengths[i]))
+            rollouts.append(Rollout(prompt, completion, guided=lengths[i], sampler_logps=logps_of[i]))
     return rollouts
 
 
@@ -123,6 +128,7 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
     `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` of shape `(batch, length)`; `guided_mask` and
     `off_policy_mask` like the latter, 1 on those tokens; `draws`, uniform in [0, 1), like the latter; `positions`, the
     indices of the completion tokens in the flattened `completion_mask`, known here without a device synchronisation.
+    Where an engine has sampled, also `sampler_logps`, NaN where it has not.
     """
     longest = max(1, *(len(rollout.completion) for rollout in rollouts))
 
@@ -134,7 +140,7 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
     draws = torch.zeros(completion_mask.shape)
     for row, rollout in zip(draws, rollouts, strict=True):  # row by row, so that they do not depend on the batch
         row[: len(rollout.completion)] = torch.rand(len(rollout.completion), generator=generator)
-    return {
+    batch = {
         "prompt_ids": _left_padded([rollout.prompt for rollout in rollouts], pad_token_id),
         "prompt_mask": _left_padded([[1] * len(rollout.prompt) for rollout in rollouts], 0),
         "completion_ids": torch.tensor(completions),
@@ -144,6 +150,12 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
         "draws": draws,
         "positions": completion_mask.flatten().nonzero().squeeze(1),
     }
+    if any(rollout.sampler_logps is not None for rollout in rollouts):
+        batch["sampler_logps"] = torch.full(completion_mask.shape, torch.nan)
+        for row, rollout in zip(batch["sampler_logps"], rollouts, strict=True):
+            values = (rollout.sampler_logps or [])[: len(rollout.completion) - rollout.guided]
+            row[rollout.guided : rollout.guided + len(values)] = torch.tensor(values)
+    return batch
 
 
 def rollout_metrics(batch: dict[str, torch.Tensor], eos_token_ids: list[int]) -> Metrics:

@@ -1,5 +1,6 @@
 """Samples completions of the student and of the teacher."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -73,13 +74,16 @@ class RolloutSampler:
         self._vllm = self._start_vllm() if args.use_vllm else None
         self._loaded_step = -1  # the step whose weights vLLM has
 
-    def from_student(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def from_student(
+        self, prompts: list[list[int]], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
         """
-        One completion per prompt, as token ids, up to and including its end token. vLLM ignores `max_new_tokens` and
-        samples up to `args.max_new_tokens`.
+        One completion per prompt, as token ids, up to and including its end token, and vLLM's log-probabilities of
+        these tokens (nats, NaN for a missing one), `None` without vLLM. vLLM ignores `max_new_tokens` and samples up
+        to `args.max_new_tokens`.
         """
         if self._vllm is None:
-            return self._generate(self.trainer.model_wrapped, prompts, max_new_tokens, self.eos_token_ids)
+            return self._generate(self.trainer.model_wrapped, prompts, max_new_tokens, self.eos_token_ids), None
         step = self.trainer.state.global_step
         if (
             step != self._loaded_step or not self.trainer.model.training
@@ -89,8 +93,10 @@ class RolloutSampler:
         accelerator = self.trainer.accelerator
         seed = self.trainer.rollout_seed(engine_index(self.trainer.args, accelerator.process_index))
         with isolated_rng(accelerator, seed):
-            _, completions, *_ = self._vllm.generate(prompts=prompts, images=None, num_generations=1)
-        return [list(completion) for completion in completions]
+            _, completions, logps, _ = self._vllm.generate(prompts=prompts, images=None, num_generations=1)
+        if logps is not None:
+            logps = [[math.nan if token[0] is None else token[0] for token in row] for row in logps]
+        return [list(completion) for completion in completions], logps
 
     def from_teacher(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The same from the teacher, up to its own end token or a token outside the student's vocabulary."""
@@ -161,5 +167,5 @@ class RolloutSampler:
             trust_remote_code=args.trust_remote_code,
             temperature=args.temperature,
             max_completion_length=args.max_new_tokens,
-            logprobs=None,
+            logprobs=0,  # of the sampled token
         )
