@@ -1,4 +1,4 @@
-"""The picture of results on the README's first screen: a panel for each method whose study says how to draw it."""
+"""One picture of all methods: a panel for each whose study says how to draw it."""
 
 import importlib
 from typing import Any
@@ -14,8 +14,12 @@ def picture(figure: Any) -> None:
             drawings.append(getattr(importlib.import_module(f"studies.{study}"), name))
         except (ImportError, AttributeError):
             continue
-    for axis, drawing in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+    figure.set_size_inches(10, 7.6)
+    axes = figure.subplots(2, 2).ravel()
+    for axis, drawing in zip(axes, drawings, strict=False):
         drawing(axis)
+    for axis in axes[len(drawings) :]:
+        axis.remove()
 
 
 PICTURES = {"results.png": picture}

@@ -22,4 +22,30 @@ def dots(axis: Any, study: str, rows: Mapping[str, Run], title: str, measure: st
     axis.grid(alpha=0.3)
 
 
+def dots_by_group(axis: Any, study: str, groups: Mapping[str, Mapping[str, Run]], title: str, measure: str) -> None:
+    """As `dots`, on the test problems, with a colour for each group: a task, or a pair of student and teacher."""
+    methods = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    for index, (group, rows) in enumerate(groups.items()):
+        for name, run in rows.items():
+            if found := summary(study, run):
+                values = found.values(measure)
+                place = methods.index(name) + 0.2 * (index - (len(groups) - 1) / 2)
+                label = group if name == methods[0] else None
+                axis.plot(values, [place] * len(values), "o", color=f"C{index}", markersize=3)
+                axis.plot(
+                    sum(values) / len(values),
+                    place,
+                    "|",
+                    color=f"C{index}",
+                    markersize=10,
+                    markeredgewidth=2,
+                    label=label,
+                )
+    axis.set_yticks(range(len(methods)), methods, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+
+
 OURS = {"DRPO", "RLAD", "TrOPD", "ERPD"}

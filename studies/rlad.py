@@ -7,6 +7,7 @@ Every run takes 2,048 rollouts in 16 sampling phases and 64 updates, from the sa
 from typing import Any
 
 from studies import tables
+from studies.pictures import dots, dots_by_group
 from studies.runs import Run, Stage, run, with_seeds
 
 
@@ -56,85 +57,133 @@ def rl(method: str, settings: dict[str, Any], **others: Any) -> Run:
     return run(method, {**BUDGET, **settings}, teacher=teacher, **others)
 
 
-def without_reward(**others: Any) -> list[Run]:
-    """On-policy distillation alone; fine-tuning on the teacher's samples, alone and followed by GRPO."""
-    opd = Stage("tropd", {"objective": "opd", "per_device_train_batch_size": 32, "max_steps": 64})
-    samples = {"teacher_samples": 2048, "learning_rate": 5e-4}
-    fine_tuning, half = Stage("sft", {**samples, "max_steps": 64}), Stage("sft", {**samples, "max_steps": 32})
-    stages = [(opd,), (fine_tuning,), (half, Stage("grpo", {**BUDGET, "max_steps": 32}))]
-    return [Run(stages=each, teacher="teacher", **others) for each in stages]
-
-
 def wide(variants: dict[str, Variant], task: str) -> dict[str, Run]:
     return {name: rl(*variant, task=task, seed=42, group="wide", final=False) for name, variant in variants.items()}
 
 
-# What is chosen is chosen on the validation problems, from one seed, and reported with others on the test problems
+# Settings are chosen on the validation problems, from seed 42, and reported with others on the test problems
 FINALISTS = ("TRRD and KDRL, alpha grows to 1", "KDRL", "GRPO", "RLAD, the paper's TRRD", "TRRD, alpha grows to 1")
 RATES = {"sums": (2.5e-5, 5e-5, 1e-4), "puzzles": (5e-5, 1e-4, 2e-4)}
+BEST_RATE = {"sums": 5e-5, "puzzles": 1e-4}  # of these, for every method; GRPO's two on sums are alike
 
 
-def at_rate(name: str, rate: float, **others: Any) -> Run:
-    """A variant with this learning rate; 5e-5 is that of all others, and goes without saying."""
+def rate(value: float) -> dict[str, float]:
+    """As a setting; 5e-5 is that of all runs without one."""
+    return {} if value == 5e-5 else {"learning_rate": value}
+
+
+def at_rate(name: str, value: float, **others: Any) -> Run:
     method, settings = VARIANTS[name]
-    return rl(method, settings if rate == 5e-5 else {**settings, "learning_rate": rate}, **others)
+    return rl(method, {**settings, **rate(value)}, **others)
+
+
+def without_reward(task: str, **others: Any) -> dict[str, Run]:
+    """On-policy distillation alone; fine-tuning on the teacher's samples, alone and followed by GRPO."""
+    best = rate(BEST_RATE[task])
+    opd = Stage("tropd", {"objective": "opd", "per_device_train_batch_size": 32, "max_steps": 64, **best})
+    samples = {"teacher_samples": 2048, "learning_rate": 5e-4}
+    fine_tuning, half = Stage("sft", {**samples, "max_steps": 64}), Stage("sft", {**samples, "max_steps": 32})
+    stages = {
+        "on-policy distillation alone": (opd,),
+        "fine-tuning on the teacher's samples": (fine_tuning,),
+        "half of that, then GRPO": (half, Stage("grpo", {**BUDGET, "max_steps": 32, **best})),
+    }
+    return {name: Run(each, task=task, teacher="teacher", **others) for name, each in stages.items()}
 
 
 SEARCH_OF_RATES = [
-    at_rate(name, rate, task=task, seed=42, group="learning rate", final=False)
-    for task, rates in RATES.items()
-    for rate in rates
+    at_rate(name, value, task=task, seed=42, group="learning rate", final=False)
+    for task, values in RATES.items()
+    for value in values
     for name in FINALISTS
 ]
 FINAL = with_seeds(
-    [rl(*VARIANTS[name], task=task, group="final") for name in FINALISTS for task in TASKS], (43, 44, 45)
+    [at_rate(name, value, task=task, group="final") for task, value in BEST_RATE.items() for name in FINALISTS],
+    (43, 44, 45, 46, 47),
+)
+WITHOUT_REWARD = with_seeds(
+    [made for task in TASKS for made in without_reward(task, group="without reward").values()], (43, 44)
 )
 TEACHERS = [
     rl(*VARIANTS[name], task=task, teacher=teacher, seed=43, group="teachers")
-    for teacher in ("worse", "equal")
+    for teacher in ("worse", "equal", "teacher")
     for task in TASKS
-    for name in FINALISTS[:2]
+    for name in FINALISTS
 ]
-WITHOUT_REWARD = [made for task in TASKS for made in without_reward(task=task, seed=43, group="without reward")]
 
 RUNS = [
     *(run for task in TASKS for run in wide(VARIANTS, task).values()),
     *wide(ON_SUMS_ALONE, "sums").values(),
     *SEARCH_OF_RATES,
     *FINAL,
-    *TEACHERS,
     *WITHOUT_REWARD,
+    *TEACHERS,
 ]
+
+
+def accuracy(run: Run, split: str) -> str:
+    """Of the one seed that `run` names."""
+    found = tables.summary("rlad", run, split)
+    values = [r[split]["accuracy"] for r in found.results if r["run"]["seed"] == run.seed] if found else []
+    return f"{values[0]:.3f}" if values else ""
 
 
 def searched() -> str:
     """Accuracy of each variant on the validation problems of both tasks, one seed."""
-    lines = []
-    for name in (*VARIANTS, *ON_SUMS_ALONE, *REMOVED):
-        cells = []
-        for task in TASKS:
-            made = wide({**VARIANTS, **ON_SUMS_ALONE, **REMOVED}, task)[name]
-            found = tables.summary("rlad", made, "validation")
-            one = [r for r in found.results if r["run"]["seed"] == 42] if found else []
-            cells.append(f"{one[0]['validation']['accuracy']:.3f}" if one else "")
-        lines.append([name, *cells])
+    variants = {**VARIANTS, **ON_SUMS_ALONE, **REMOVED}
+    lines = [[name, *(accuracy(wide(variants, task)[name], "validation") for task in TASKS)] for name in variants]
     return tables.markdown_table(["method", *TASKS], lines)
 
 
-def finalists(task: str) -> str:
-    """What was measured on the test problems of a task: variants, and the ways to distil without a reward."""
-    rows = {name: rl(*variant, task=task) for name, variant in VARIANTS.items()}
-    names = ("on-policy distillation alone", "fine-tuning on the teacher's samples", "half of that, then GRPO")
-    rows |= dict(zip(names, without_reward(task=task), strict=True))
-    for teacher in ("equal", "worse"):
-        rows |= {
-            f"{name}, {teacher} teacher": rl(*VARIANTS[name], task=task, teacher=teacher) for name in FINALISTS[:2]
-        }
-    return tables.table("rlad", rows, measures=("accuracy", "accuracy_greedy", "kl_to_base"), first="method")
+def searched_rates() -> str:
+    columns = [(task, value) for task, values in RATES.items() for value in values]
+    lines = [
+        [name, *(accuracy(at_rate(name, value, task=task, seed=42), "validation") for task, value in columns)]
+        for name in FINALISTS
+    ]
+    return tables.markdown_table(["method", *(f"{task}, {value:.1e}" for task, value in columns)], lines)
+
+
+def by_teacher() -> str:
+    columns = [(task, teacher) for task in TASKS for teacher in ("teacher", "equal", "worse")]
+    lines = [
+        [
+            name,
+            *(accuracy(rl(*VARIANTS[name], task=task, teacher=teacher, seed=43), "test") for task, teacher in columns),
+        ]
+        for name in FINALISTS
+    ]
+    names = {"teacher": "better"}
+    header = ["method", *(f"{task}, {names.get(teacher, teacher)} teacher" for task, teacher in columns)]
+    return tables.markdown_table(header, lines)
+
+
+def finalists(task: str) -> dict[str, Run]:
+    rows = {name: at_rate(name, BEST_RATE[task], task=task) for name in FINALISTS}
+    return rows | without_reward(task)
+
+
+def table(task: str) -> str:
+    return tables.table(
+        "rlad", finalists(task), measures=("accuracy", "accuracy_greedy", "kl_to_base"), first="method"
+    )
+
+
+def draw_methods(axis: Any) -> None:
+    groups = {task: {name: at_rate(name, BEST_RATE[task], task=task) for name in FINALISTS} for task in TASKS}
+    dots_by_group(axis, "rlad", groups, "RLAD: accuracy by method and task", "accuracy")
+
+
+def picture(figure: Any) -> None:
+    for axis, task in zip(figure.subplots(1, 2), TASKS, strict=True):
+        dots(axis, "rlad", finalists(task), f"{task}: accuracy, sampled", "accuracy")
 
 
 TABLES = {
     "searched": searched,
-    "sums": lambda: finalists("sums"),
-    "puzzles": lambda: finalists("puzzles"),
+    "rates": searched_rates,
+    "sums": lambda: table("sums"),
+    "puzzles": lambda: table("puzzles"),
+    "teachers": by_teacher,
 }
+PICTURES = {"rlad.png": picture}

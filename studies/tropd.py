@@ -11,7 +11,7 @@ TrOPD's outlier losses and trust regions, its baselines and GKD, on three pairs 
 from collections.abc import Iterable
 from typing import Any
 
-from studies.pictures import dots
+from studies.pictures import dots, dots_by_group
 from studies.runs import Run, run
 from studies.tables import table
 
@@ -131,6 +131,13 @@ def search() -> str:
         for name, method in methods
     }
     return table("tropd", rows, "validation", MEASURES, first="pair: method")
+
+
+def draw_pairs(axis: Any) -> None:
+    """The methods that were run on all pairs."""
+    shown = {name.split(" (")[0]: method for name, method in METHODS.items() if method in FINALISTS}
+    groups = {pair: {name: runs([method], (pair,))[0] for name, method in shown.items()} for pair in PAIRS}
+    dots_by_group(axis, "tropd", groups, "TrOPD: accuracy by pair of student and teacher", "accuracy")
 
 
 def picture(figure: Any) -> None:
