@@ -171,7 +171,7 @@ def step_measurement(name: str, flags: argparse.Namespace, student: Any) -> tupl
         else:
             args = TrOPDConfig(output_dir=output_dir, **settings)
             trainer = TrOPDTrainer(student, teacher, args, **shared)
-            trainer.sampler.from_student = rollouts
+            trainer.sampler.from_student = lambda prompts, most: (rollouts(prompts), None)
         trainer.remove_callback(PrinterCallback)
         _, peak = measured(trainer.train)
     return clock.seconds, peak

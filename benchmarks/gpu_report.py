@@ -45,6 +45,7 @@ from transformers import (
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.gkd import GKDConfig
 
+from common.command_line import checkpointing
 from trl_ext import (
     DRPOConfig,
     DRPOTrainer,
@@ -168,7 +169,7 @@ def make_trainer(setting: Setting, folder: Path, callbacks: list[TrainerCallback
         "output_dir": str(folder / "run"),
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
-        "gradient_checkpointing": True,
+        **checkpointing(kind.config, True),
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": SEQUENCES,
         "learning_rate": 1e-6,
@@ -209,7 +210,7 @@ def make_trainer(setting: Setting, folder: Path, callbacks: list[TrainerCallback
         if setting.vllm:  # its own generation again
             trainer._generate_single_turn = DistillationTrainer._generate_single_turn.__get__(trainer)
     if setting.trainer == "tropd" and not setting.vllm:
-        trainer.sampler.from_student = rollouts
+        trainer.sampler.from_student = lambda prompts, most: (rollouts(prompts), None)
     return trainer
 
 

@@ -106,8 +106,12 @@ def check_values(args: Any, config_class: type) -> None:
                 f"{setting.name}={value!r} has the wrong type ({type(value).__name__}): set it to "
                 f"{_in_words(hints[setting.name])}."
             )
-        if setting.name in own and isinstance(value, str) and dict in map(get_origin, get_args(hints[setting.name])):
+        if setting.name in own and isinstance(value, str) and _takes_dictionary(hints[setting.name]):
             _check_json(setting.name, value)
+
+
+def _takes_dictionary(hint: Any) -> bool:
+    return any(get_origin(option) is dict for option in get_args(hint))
 
 
 def _check_json(name: str, text: str) -> None:

@@ -85,9 +85,8 @@ class RolloutSampler:
         if self._vllm is None:
             return self._generate(self.trainer.model_wrapped, prompts, max_new_tokens, self.eos_token_ids), None
         step = self.trainer.state.global_step
-        if (
-            step != self._loaded_step or not self.trainer.model.training
-        ):  # other weights may have been loaded to evaluate
+        # An evaluation may follow the loading of other weights
+        if step != self._loaded_step or not self.trainer.model.training:
             self._vllm.sync_weights()
             self._loaded_step = step
         accelerator = self.trainer.accelerator
