@@ -28,7 +28,7 @@ from common.command_line import add_model_init_kwargs, parse_arguments
 from common.report import Panel
 from common.training import Task, evaluate_at_start, load_tokenizer, own_math_task, report, run
 from embedded import tasks
-from embedded.knights_and_knaves import as_dataset, right_roles, split_puzzles
+from embedded.knights_and_knaves import as_dataset, correct_roles, split_puzzles
 from embedded.puzzle_policy import MAX_TOKENS
 from trl_ext import RLADConfig, RLADTrainer, TrainingDiagnosticsCallback
 
@@ -96,7 +96,7 @@ def own_puzzles_task(script_args: RLADScriptArguments, training_args: RLADConfig
     add_model_init_kwargs(training_args, model_args)
     puzzles = split_puzzles(script_args.num_train, script_args.num_held_out, script_args.num_people)
     data = as_dataset(puzzles.train, tokenizer), as_dataset(puzzles.held_out, tokenizer)
-    return Task(model_args.model_name_or_path, tokenizer, *data, reward=right_roles)
+    return Task(model_args.model_name_or_path, tokenizer, *data, reward=correct_roles)
 
 
 def make_trainer(method: str, training_args: RLADConfig, task: Task, model_args: ModelConfig) -> Any:

@@ -89,8 +89,8 @@ class TrOPDScriptArguments(ScriptArguments):
     student: str = field(
         default="columns",
         metadata={
-            "help": "The embedded student: 'columns' writes its steps in another way than the teacher, 'mixed' in "
-            "either way.",
+            "help": "The embedded student: 'columns' writes its steps differently from the teacher, 'mixed' in either "
+            "way.",
             "choices": list(STUDENTS),
         },
     )

@@ -1,5 +1,6 @@
 """
-Studies: many short runs of the trainers on the embedded tasks, all measured alike, behind every number in docs/.
+Studies: many short runs of the trainers on the embedded tasks, all measured in the same way. Most numbers in docs/ are
+theirs.
 
     python -m studies.run drpo erpd      # the runs that are still missing; stop and start it as you like
     python -m studies.report             # tables and pictures of docs/, from the results

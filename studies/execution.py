@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
+from common.console import ignore_deprecated_names
 from embedded.arithmetic_policy import prepare_policy
 from studies.measures import measure
 from studies.runs import Run
@@ -39,6 +40,7 @@ class Curve(TrainerCallback):
 def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, Any]:
     """All of a result's line but the run and the commit; measured on `num_problems` of each split, or all."""
     logging.disable_progress_bar()
+    ignore_deprecated_names()
     torch.set_num_threads(1)
     task = TASKS[run.task]
     path = prepare_policy(task.policies[run.policy])

@@ -28,15 +28,15 @@ SAMPLERS = {"bfloat16": to_bfloat16, "8 bits": to_bits(8), "6 bits": to_bits(6),
 
 class LowPrecisionSampler:
     """
-    A `rollout_func`: samples from a copy of the policy in which the weights of all linear layers, LM head included,
-    and what goes into them are rounded; `logprobs` are the copy's own, from which the tokens were really drawn.
+    A `rollout_func`: samples from a copy of the policy in which the weights and inputs of all linear layers, including
+    the LM head, are rounded; `logprobs` are those of the copy, from which the tokens were really drawn.
     """
 
     def __init__(self, name: str):
         self.rounding = SAMPLERS[name]
 
     def copy_of(self, model: Any) -> Any:
-        # Built anew: the trainer has replaced the model's `forward` by one that a copy would share
+        # Not a deepcopy: the trainer has replaced the model's `forward`, which a copy would share
         sampler = type(model)(model.config).eval()
         sampler.load_state_dict(model.state_dict())
         for module in sampler.modules():

@@ -1,4 +1,4 @@
-"""What is measured of a policy, the same for every method."""
+"""The measures of a policy, the same for every method."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def measure(
     r"""
     On `problems`, with `samples` completions each (default: the task's), drawn from the policy at temperature 1:
 
-    - `accuracy`: share of right completions, and `accuracy_greedy`;
+    - `accuracy`: share of correct completions, and `accuracy_greedy`;
     - `kl_to_base`: \\( \mathrm{KL}(\pi \| \pi_0) \\) in nats per sequence, and `kl_to_teacher`, in nats per token. At
       each sampled prefix the divergence of the next token is summed over the vocabulary, which is unbiased and never
       negative;
     - `entropy` of the next token, nats per token; `length`, tokens per completion.
 
-    The random numbers are the same for every policy, and those of the caller are left as they were.
+    The random numbers are the same for every policy, and the caller's random state does not change.
     """
     was_training = model.training
     model.eval()
@@ -71,7 +71,7 @@ def batches(problems: Dataset, samples: int) -> Iterator[dict[str, list[str]]]:
 def sample(
     model: Any, tokenizer: Any, task: Task, rows: dict[str, list[str]], greedy: bool = False
 ) -> tuple[torch.Tensor, int, int]:
-    """Tokens of prompts and completions, the length of the prompts, and how many completions are right."""
+    """Tokens of prompts and completions, the length of the prompts, and how many completions are correct."""
     inputs = tokenizer(rows["prompt"], padding=True, return_tensors="pt", return_token_type_ids=False)
     # top_k=0 and top_p=1: from the whole vocabulary, as in training
     sampling: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}

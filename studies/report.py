@@ -25,13 +25,13 @@ BLOCK = re.compile(r"(<!-- studies (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTA
 
 
 def with_tables(text: str) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables updated."""
 
-    def made_anew(block: re.Match[str]) -> str:
+    def updated(block: re.Match[str]) -> str:
         tables = importlib.import_module(f"studies.{block[2]}").TABLES
         return f"{block[1]}{tables[block[3]]()}\n{block[4]}"
 
-    return BLOCK.sub(made_anew, text)
+    return BLOCK.sub(updated, text)
 
 
 def draw(study: str, folder: Path) -> list[str]:
@@ -54,7 +54,7 @@ def main() -> None:
         text = page.read_text()
         if (new := with_tables(text)) != text:
             page.write_text(new)
-            print(f"{page.name}: tables made anew")
+            print(f"{page.name}: tables updated")
     for study in (*STUDIES, "overview"):
         if (Path(__file__).parent / f"{study}.py").is_file():
             for name in draw(study, DOCS / "images"):

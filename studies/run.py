@@ -5,7 +5,7 @@ Makes the runs of studies whose results are missing, one after the other.
     python -m studies.run erpd --group wide --jobs 2
 
 A run takes one thread. Started twice, or with `--jobs 2`, two processes share the work; however many are started, no
-more than `--slots` of a machine's study processes train at a time. A run that was stopped starts anew the next time.
+more than `--slots` of a machine's study processes train at a time. A run that was stopped starts over the next time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="Processes to start.")
     parser.add_argument("--slots", type=int, default=2, help="How many runs the machine may do at a time.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the results.")
-    parser.add_argument("--problems", type=int, help="Measure on so many problems alone; for a quick look.")
+    parser.add_argument("--problems", type=int, help="Measure on this many problems only, for a quick look.")
     parser.add_argument("--list", action="store_true", help="Only say which runs are missing.")
     return parser.parse_args(arguments)
 
@@ -46,7 +46,7 @@ def missing_runs(study: str, groups: list[str] | None, folder: Path) -> list[Run
 
 def execute(run: Run, problems: int | None) -> dict[str, Any]:
     """Trains and measures: the result's line."""
-    from studies.execution import train_and_measure  # torch and TRL, which a look at what is missing does without
+    from studies.execution import train_and_measure  # imports torch and TRL, which --list does not need
 
     return train_and_measure(run, problems)
 
@@ -56,7 +56,7 @@ def work(flags: argparse.Namespace) -> int:
     failures = 0
     for study in flags.studies:
         tried: set[str] = set()
-        # Read anew after each run: others work on the same list
+        # Read again after each run, because other processes work on the same list
         while runs := [r for r in missing_runs(study, flags.group, flags.results) if r.key not in tried]:
             run = runs[0]
             tried.add(run.key)

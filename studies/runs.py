@@ -22,17 +22,17 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Stage:
-    """One trainer with its settings; what is not among them is `trainers.METHODS`' default for the task."""
+    """One trainer with its settings; the others have the defaults of `trainers.METHODS` for the task."""
 
     method: str  # a key of `trainers.METHODS`
     settings: dict[str, Any] = field(default_factory=dict)  # of the trainer's config class
-    sampler: str | None = None  # a key of `low_precision.SAMPLERS`: who samples the rollouts; None: the policy itself
+    sampler: str | None = None  # a key of `low_precision.SAMPLERS`: what samples the rollouts; None: the policy itself
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    One training run. Two runs are the same where everything but `group` agrees; then only one of them is made.
+    One training run. Two runs are the same if everything but `group` is equal; then only one of them is made.
 
     Several stages follow each other, each from the policy that the last one left.
     """
@@ -43,7 +43,7 @@ class Run:
     policy: str = "pupil"  # among the task's policies: what is trained
     teacher: str | None = None  # likewise
     curve_every: int | None = None  # updates between two measurements during the training
-    final: bool = True  # measured on the test problems too; False where settings are only being looked for
+    final: bool = True  # measured on the test problems too; False in a search for settings
     group: str = ""  # for tables: which question of the study it belongs to
 
     @property
@@ -92,19 +92,19 @@ def commit() -> str:
 
 @contextmanager
 def slot(number: int) -> Iterator[None]:
-    """Waits until fewer than `number` processes of this machine, of whatever study, are within."""
+    """Waits until fewer than `number` processes of this machine, of any study, hold a slot."""
     paths = [Path(tempfile.gettempdir(), f"trl_ext_study_slot_{index}") for index in range(number)]
     with ExitStack() as stack:  # closing a file unlocks it
         files = [stack.enter_context(open(path, "w")) for path in paths]
         while not any(_try_lock(file) for file in files):
             time.sleep(random.uniform(0.3, 0.7))
         yield
-    time.sleep(2)  # somebody who waits comes first
+    time.sleep(2)  # so that a process that waits gets the slot first
 
 
 @contextmanager
 def claimed(study: str, run: Run) -> Iterator[bool]:
-    """Whether the run is ours: False where another process is at it."""
+    """Whether the run is ours: False if another process is making it."""
     name = hashlib.sha256(f"{study} {run.key}".encode()).hexdigest()[:16]
     with open(Path(tempfile.gettempdir(), f"trl_ext_study_{name}.lock"), "w") as file:
         yield _try_lock(file)

@@ -43,7 +43,7 @@ def after_last_comma(completion: str, answer: str) -> bool:
 
 @cache
 def sums() -> Problems:
-    """Two-digit sums. Validation takes those that the embedded task's splits leave over."""
+    """Two-digit sums. Those for validation are not in the embedded task's splits."""
     splits = arithmetic.split_problems()
     used = {frozenset((p.first, p.second)) for split in splits for p in split}
     left = [arithmetic.Problem(a, b) for a, b in product(range(10, 100), repeat=2) if frozenset((a, b)) not in used]
@@ -88,7 +88,7 @@ class TwoLengths(PolicyRecipe):
 
 @cache
 def sums_of_two_and_three_digits() -> Problems:
-    """Half of each, in turns. Of a held-out problem a+b, the sum says whether it is for validation: as b+a's does."""
+    """Half of each, alternating. The sum of a held-out problem says whether it is for validation, as b+a's does."""
     two, three = (arithmetic.split_problems(digits) for digits in (2, 3))
 
     def in_turns(*parts: list[arithmetic.Problem]) -> Dataset:
@@ -115,7 +115,7 @@ TASKS = {
             "mixed": Recipe(style="mixed", slip_rate=0.05, forgotten_carry_rate=0.9),  # writes either way
             "places": Recipe(
                 style="places", slip_rate=0.0, forgotten_carry_rate=0.0
-            ),  # writes otherwise than the pupil
+            ),  # writes differently from the pupil
             "equal": Recipe(seed=1),  # makes the pupil's mistakes as often as the pupil
             "worse": Recipe(seed=1, slip_rate=0.4),  # and slips more often
         },

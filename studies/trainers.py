@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig
 
+from common.command_line import checkpointing
 from common.gkd import SampledGKD
 from studies.low_precision import LowPrecisionSampler
 from studies.measures import batches, sample
@@ -166,7 +167,7 @@ def make_trainer(
         seed=seed,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        **checkpointing(method.config, False),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

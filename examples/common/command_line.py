@@ -50,7 +50,7 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     )
     ignore_deprecated_names()
     script_args, training_args, model_args = parser.parse_args_and_config()
-    # From the command line it is text, of which the trainer would take "True" for a folder's name
+    # The command line gives text, and the trainer would take "True" for the name of a folder
     switch = {"true": True, "false": None}
     resume = training_args.resume_from_checkpoint
     training_args.resume_from_checkpoint = switch.get(str(resume).lower(), resume)
@@ -58,27 +58,27 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
 
 
 def quiet_defaults(config_class: Any, embedded: bool) -> dict[str, Any]:
-    """Settings that mean what TRL's defaults mean (without checkpointing in the embedded task), but do not warn."""
+    """TRL's defaults, but such that they do not warn, and without gradient checkpointing in the embedded task."""
     defaults: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
     return {**defaults, **checkpointing(config_class, not embedded)}
 
 
 def checkpointing(config_class: Any, wanted: bool) -> dict[str, bool]:
-    """The setting under the name that transformers has for it, without the warning of its former name."""
+    """Gradient checkpointing, under the name that the installed transformers has not deprecated."""
     names = {field.name for field in fields(config_class)}
     return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": wanted}
 
 
 def help_text(script_class: Any, config_class: Any, embedded_defaults: dict[str, Any], trl: bool = False) -> str:
     """
-    The flags, those of the script first, then those that our configuration adds to TRL's, then TRL's: only their
-    names, or with `trl` what they mean too.
+    The flags: first the script's, then those that our configuration adds to TRL's, then TRL's, of which only the names
+    are listed unless `trl` asks for their help.
     """
     parser = TrlParser((script_class, config_class, ModelConfig), allow_abbrev=False, add_help=False)
     parser.set_defaults_with_config(**embedded_defaults)
     actions = {action.dest: action for action in parser._actions}
     for action in actions.values():
-        action.option_strings = action.option_strings[:1]  # without the same with hyphens
+        action.option_strings = action.option_strings[:1]  # without the variants with hyphens
     formatter = argparse.ArgumentDefaultsHelpFormatter(prog=Path(sys.argv[0]).name, width=100)
     description = sys.modules["__main__"].__doc__ or ""
     parts = [f"usage: {Path(sys.argv[0]).name} [flags]", description.strip()]

@@ -1,4 +1,4 @@
-"""What an example writes to the console while it trains: a progress bar, and a line when there is something to say."""
+"""What an example writes to the console while it trains: a progress bar, and one line per event."""
 
 from __future__ import annotations
 

@@ -124,8 +124,8 @@ def as_prompt(question: Any, finished: bool, conversational: bool) -> Any:
 
 def gold_answer(answer: Any) -> str:
     """
-    The final answer: what follows `####` in GSM8K's worked solutions, else all of it; of a dictionary its
-    `ground_truth`, or the first if these are several. `1,234` becomes `1234`.
+    The final answer: what follows `####` in GSM8K's worked solutions, else the whole text; in verl's form the
+    `ground_truth`, the first if there are several. `1,234` becomes `1234`.
     """
     if isinstance(answer, dict):
         answer = answer["ground_truth"]

@@ -15,17 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 class RolloutWriter:
     """
-    A reward function that writes what it judges before the first update: `prompt`, `completion` and `reward`.
+    A reward function that writes the rollouts before the first update to a file: `prompt`, `completion` and `reward`.
 
     Args:
         reward (`Callable`):
-            The reward function that judges.
+            The reward function that is called.
         path (`str`):
-            The file, which is written anew unless the run is resumed.
+            The file, which is overwritten unless the run is resumed.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Writes the completions with their special tokens, so that they can be read back token by token.
         resumes (`bool`):
-            Whether the run goes on with rollouts that are in the file already.
+            Whether the run continues with rollouts that are already in the file.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RolloutWriter:
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
     ) -> list[Any]:
         rewards = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
-        # Neither the held-out prompts, nor what a later round samples from another policy
+        # Not those of held-out prompts, and not those of a later round, which another policy samples
         if self.model is not None and self.model.training and kwargs["trainer_state"].global_step == 0:
             self._write(prompts, completions, completion_ids, rewards)
         return rewards

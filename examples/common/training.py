@@ -144,7 +144,7 @@ def finish(trainer: Any) -> None:
 
 
 def report(runs: list[Run], output_dir: str, panels: tuple[Panel, ...]) -> None:
-    """The closing table, and a picture of the curves, by the main process; then the processes part."""
+    """The closing table and a picture of the curves, by the main process; then the process group is closed."""
     state = PartialState()
     if state.is_main_process:
         print(results_table(runs))

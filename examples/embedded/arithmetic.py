@@ -31,11 +31,11 @@ class Mistakes:
     forgotten_carry_rate: float = 0.0
     generator: random.Random = field(default_factory=random.Random)
 
-    def digit_sum(self, right: int) -> int:
-        return self.generator.randrange(19) if self.generator.random() < self.slip_rate else right
+    def digit_sum(self, correct: int) -> int:
+        return self.generator.randrange(19) if self.generator.random() < self.slip_rate else correct
 
-    def carry(self, right: int) -> int:
-        return 0 if self.generator.random() < self.forgotten_carry_rate else right
+    def carry(self, correct: int) -> int:
+        return 0 if self.generator.random() < self.forgotten_carry_rate else correct
 
 
 class Problem(NamedTuple):
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Disjoint lists of problems; `a+b` and `b+a` are never in different ones."""
+    """Disjoint lists of problems; `a+b` and `b+a` are always in the same one."""
 
     train: list[Problem]
     held_out: list[Problem]
@@ -110,13 +110,13 @@ def as_dataset(problems: Sequence[Problem]) -> Dataset:
     return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems])
 
 
-def right_answer(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+def correct_answer(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
     """Verifiable reward: 1.0 where what follows the last comma is the answer, else 0.0. The steps are not judged."""
     return [float(text.rsplit(",", 1)[-1] == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """A token for each of `characters`. Prompts get no beginning of sequence, like Qwen's."""
+    """One token per character of `characters`. Prompts get no beginning-of-sequence token, like Qwen's."""
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNK, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -163,7 +163,7 @@ def accuracy(
     right = 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        right += sum(right_answer(complete(model, tokenizer, batch, greedy)[1], [p.answer for p in batch]))
+        right += sum(correct_answer(complete(model, tokenizer, batch, greedy)[1], [p.answer for p in batch]))
     model.train(was_training)
     return right / len(problems)
 
@@ -182,7 +182,7 @@ def compare_with_base(
         torch.manual_seed(0)
         for _ in range(num_samples):
             tokens, texts = complete(model, tokenizer, problems, greedy=False)
-            right += sum(right_answer(texts, [p.answer for p in problems]))
+            right += sum(correct_answer(texts, [p.answer for p in problems]))
             length = len(tokenizer(problems[0].prompt)["input_ids"])  # of every prompt: they have the same digits
             ended = (tokens[:, length:] == tokenizer.eos_token_id).cumsum(1)
             written = (ended == 0) | ((ended == 1) & (tokens[:, length:] == tokenizer.eos_token_id))

@@ -156,5 +156,5 @@ def _next_token_loss(
     inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     for row, prompt in zip(labels, prompts, strict=True):
-        row[: len(prompt)] = -100  # a token a character
+        row[: len(prompt)] = -100  # one token per character
     return model(**inputs.to(model.device), labels=labels.to(model.device), use_cache=False).loss

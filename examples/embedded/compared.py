@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from common.command_line import checkpointing
 from common.console import quieten
 from common.report import Run, markdown_table
 from common.training import Task
@@ -87,7 +88,7 @@ def train_grpo(phases: int, rollouts: int, args: Any, task: Task) -> Policy:
             use_cpu=args.use_cpu,
             disable_tqdm=args.disable_tqdm,
             dataloader_pin_memory=args.dataloader_pin_memory,
-            activation_checkpointing=False,
+            **checkpointing(GRPOConfig, False),
         ),
         train_dataset=task.train,
         processing_class=task.tokenizer,

@@ -4,14 +4,14 @@ Every inhabitant of an island is a knight, who always tells the truth, or a knav
 sentence. Who is which? Two to eight people; every puzzle has exactly one solution. Nothing is downloaded.
 
     splits = split_puzzles(num_people=(3, 4, 5, 6, 7))
-    train_dataset = as_dataset(splits.train, tokenizer)  # for a GRPOTrainer with `reward_funcs=right_roles`
+    train_dataset = as_dataset(splits.train, tokenizer)  # for a GRPOTrainer with `reward_funcs=correct_roles`
 
 The form is that in which Logic-RL (arXiv 2502.14768) and others train language models on these puzzles, with solutions
-such as `(1) Zoey is a knave\n(2) Oliver is a knight`: `right_roles` reads theirs too.
+such as `(1) Zoey is a knave\n(2) Oliver is a knight`: `correct_roles` reads theirs too.
 
 For models of a few hundred thousand parameters the same puzzles have a compact form. `A:b;B:B>a?` (A says that B is a
 knave; B, that if B is a knight then A is a knave) is to be continued as `AB>ab,Ab>AB,aB>aB,aB`: guess after guess,
-each with what the sentences would then make of the speakers, until the two agree; then the answer.
+each with the roles that its truth would give the speakers, until the two agree; then the answer.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ PHRASINGS = (
     '"{Claim}," according to {name}.',
 )
 
-MAX_DRAWS = 1000  # without a new puzzle, before it is said that there is none
+MAX_DRAWS = 1000  # without a new puzzle, before giving up
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Puzzle:
 
     @property
     def solution(self) -> str:
-        """`(1) Zoey is a knave` and so on, one person a line."""
+        """`(1) Zoey is a knave` and so on, one person per line."""
         people = enumerate(zip(self.names, self.roles, strict=True), start=1)
         return "\n".join(f"({number}) {name} is a {role_name(role)}" for number, (name, role) in people)
 
@@ -120,8 +120,8 @@ class Puzzle:
         """
         The worked solution, as `AB>ab,Ab>AB,aB>aB,aB`: guesses up to the correct one, then the answer.
 
-        With another `judge` than `spoken_roles`, that of somebody who makes mistakes: up to the first guess that seems
-        right, or the last.
+        With a `judge` that makes mistakes, in place of `spoken_roles`: up to the first guess that it takes for
+        correct, or the last.
         """
         steps = []
         for roles in guesses(len(self.roles)):
@@ -135,8 +135,9 @@ class Puzzle:
         """
         What is left without the names, the phrasings and the order of the people.
 
-        Puzzles that are the same up to renaming have the same pattern. Others may have it too, which is rare and only
-        costs a puzzle: people whom `num_people` rounds of description by what they say do not tell apart count as one.
+        Puzzles that are the same up to renaming have the same pattern. Different ones may have it too, which is rare
+        and only costs a puzzle: people whose statements still look the same after `num_people` rounds of labelling
+        each person by what is said count as the same.
         """
         labels = ["" for _ in self.statements]
         for _ in self.statements:
@@ -150,7 +151,7 @@ class Puzzle:
 
 
 def _draw_puzzle(generator: random.Random, num_people: int, depth: int) -> Puzzle:
-    """Its only solution is drawn first, so that no assignment is much more often right than another."""
+    """Its only solution is drawn first, so that no assignment is the solution much more often than another."""
     roles = tuple(generator.random() < 0.5 for _ in range(num_people))
     while True:
         statements = tuple(_draw_statement(generator, person, roles, depth) for person in range(num_people))
@@ -266,13 +267,13 @@ def as_dataset(puzzles: Sequence[Puzzle], tokenizer: Any = None, compact: bool =
     )
 
 
-def right_roles(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
+def correct_roles(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
     """
     Verifiable reward: 1.0 where the answer names every inhabitant exactly once, with the correct role, else 0.0.
 
     The answer is what follows the last `<answer>` after the thinking, up to `</answer>` or the end (a stop string may
-    have been cut off). Without that tag there is no reward; `<think>` is not asked for. Case, numbering, order,
-    markdown and other text do not matter, and `Zoey: knave` does as well as `Zoey is a knave`. But a second mention of
+    have been cut off). Without that tag there is no reward; `<think>` is not required. Case, numbering, order,
+    markdown and other text do not matter, and `Zoey: knave` is read like `Zoey is a knave`. But a second mention of
     anybody or of a role, and words that make the answer a hedge (`not`, `or`, `if` and the like), lose the reward.
     """
     texts = [
@@ -301,6 +302,6 @@ def _is_right(text: str, solution: str) -> bool:
     )
 
 
-def right_compact_roles(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
+def correct_compact_roles(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
     """Verifiable reward of the compact form: 1.0 where what follows the last comma is the solution, else 0.0."""
     return [float(text.rsplit(",", 1)[-1] == gold) for text, gold in zip(completions, solution, strict=True)]

@@ -6,10 +6,10 @@ from transformers import AutoTokenizer
 
 from common.training import Task, prepare_embedded
 from embedded import puzzle_policy
-from embedded.arithmetic import as_dataset, held_out_accuracy, right_answer, split_problems
+from embedded.arithmetic import as_dataset, correct_answer, held_out_accuracy, split_problems
 from embedded.arithmetic_policy import PUPIL, PolicyRecipe, prepare_policy
 from embedded.knights_and_knaves import as_dataset as puzzles_as_dataset
-from embedded.knights_and_knaves import right_compact_roles
+from embedded.knights_and_knaves import correct_compact_roles
 
 
 def sums(num_held_out: int, student: PolicyRecipe = PUPIL, teacher: PolicyRecipe | None = None) -> Task:
@@ -23,7 +23,7 @@ def sums(num_held_out: int, student: PolicyRecipe = PUPIL, teacher: PolicyRecipe
         tokenizer=AutoTokenizer.from_pretrained(path, padding_side="left"),
         train=as_dataset(problems.train),
         held_out=as_dataset(held_out) if held_out else None,
-        reward=right_answer,
+        reward=correct_answer,
         teacher=prepare_policy(teacher) if teacher else None,
         measure=partial(held_out_accuracy, problems=held_out),
     )
@@ -38,6 +38,6 @@ def puzzles(num_held_out: int) -> Task:
         tokenizer=AutoTokenizer.from_pretrained(path, padding_side="left"),
         train=puzzles_as_dataset(data.train, compact=True),
         held_out=puzzles_as_dataset(data.held_out[:num_held_out], compact=True),
-        reward=right_compact_roles,
+        reward=correct_compact_roles,
         teacher=prepare_policy(puzzle_policy.TEACHER),
     )

@@ -12,7 +12,7 @@ from trl_ext import RLADConfig, RLADTrainer
 
 trainer = RLADTrainer(
     model="Qwen/Qwen3-0.6B",
-    teacher_model="Qwen/Qwen3-4B",  # of the same tokenizer; it only scores the student's completions
+    teacher_model="Qwen/Qwen3-4B",  # with the same tokenizer; it only scores the student's completions
     reward_funcs=accuracy_reward,
     args=RLADConfig(
         output_dir="rlad_quickstart",

@@ -11,7 +11,7 @@ from trl_ext import TrOPDConfig, TrOPDTrainer
 
 trainer = TrOPDTrainer(
     model="Qwen/Qwen3-0.6B",
-    teacher_model="Qwen/Qwen3-4B",  # of the same tokenizer
+    teacher_model="Qwen/Qwen3-4B",  # with the same tokenizer
     args=TrOPDConfig(
         output_dir="tropd_quickstart",
         learning_rate=5e-6,

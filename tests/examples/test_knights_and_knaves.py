@@ -12,9 +12,9 @@ from embedded.knights_and_knaves import (
     INSTRUCTION,
     Puzzle,
     as_dataset,
+    correct_compact_roles,
+    correct_roles,
     generate_puzzles,
-    right_compact_roles,
-    right_roles,
     split_puzzles,
 )
 from embedded.statements import COMPACT_CHARACTERS, And, Iff, IfThen, Is, Not, Or, solutions
@@ -169,7 +169,7 @@ def test_compact_form():
     assert ZOEY.compact_answer == "aB"
     for puzzle in generate_puzzles(20, num_people=(2, 8), depth=3):
         assert set(puzzle.compact_prompt + puzzle.compact_solution()) <= set(COMPACT_CHARACTERS)
-        assert right_compact_roles([puzzle.compact_solution()], [puzzle.compact_answer]) == [1.0]
+        assert correct_compact_roles([puzzle.compact_solution()], [puzzle.compact_answer]) == [1.0]
 
 
 def test_compact_form_of_somebody_who_makes_mistakes():
@@ -178,7 +178,7 @@ def test_compact_form_of_somebody_who_makes_mistakes():
     # and who is never content gives the last guess
     contrary = ZOEY.compact_solution(lambda statements, roles: (not roles[0], roles[1]))
     assert contrary == "AB>aB,Ab>ab,aB>AB,ab>Ab,ab"
-    assert right_compact_roles([contrary], [ZOEY.compact_answer]) == [0.0]
+    assert correct_compact_roles([contrary], [ZOEY.compact_answer]) == [0.0]
 
 
 def test_generator_repeats_itself():
@@ -331,7 +331,7 @@ WRONG = {
 )
 def test_reward(completion, reward):
     messages = [{"role": "assistant", "content": completion}]
-    assert right_roles(completions=[completion, messages], solution=[SOLUTION] * 2, prompts=[""] * 2) == [reward] * 2
+    assert correct_roles(completions=[completion, messages], solution=[SOLUTION] * 2, prompts=[""] * 2) == [reward] * 2
 
 
 def test_reward_of_every_possible_answer():
@@ -339,24 +339,24 @@ def test_reward_of_every_possible_answer():
         rewarded = []
         for roles in itertools.product((True, False), repeat=len(puzzle.roles)):
             answer = Puzzle(puzzle.statements, roles, puzzle.names, puzzle.phrasings).solution
-            rewarded += [roles] * int(right_roles([f"<answer>{answer}</answer>"], [puzzle.solution])[0])
+            rewarded += [roles] * int(correct_roles([f"<answer>{answer}</answer>"], [puzzle.solution])[0])
         assert rewarded == [puzzle.roles]
 
 
 def test_reward_of_names_within_names():
     solution = "(1) Jack is a knave\n(2) Jackson is a knight"
-    assert right_roles([f"<answer>{solution}</answer>", "<answer>Jackson is a knight</answer>"], [solution] * 2) == [
+    assert correct_roles([f"<answer>{solution}</answer>", "<answer>Jackson is a knight</answer>"], [solution] * 2) == [
         1,
         0,
     ]
 
 
 def test_reward_without_content_and_without_a_solution():
-    assert right_roles([[{"role": "assistant", "content": None}]], [SOLUTION]) == [0.0]
+    assert correct_roles([[{"role": "assistant", "content": None}]], [SOLUTION]) == [0.0]
     with pytest.raises(ValueError, match="must have lines such as"):
-        right_roles(["<answer></answer>"], ["42"])
+        correct_roles(["<answer></answer>"], ["42"])
 
 
 def test_compact_reward():
     completions = ["AB>ab,Ab>AB,aB>aB,aB", "aB", "aB>aB,AB", "aB,", "AB>ab,aB ", "", "aBaB"]
-    assert right_compact_roles(completions, solution=["aB"] * 7, prompts=[""] * 7) == [1, 1, 0, 0, 0, 0, 0]
+    assert correct_compact_roles(completions, solution=["aB"] * 7, prompts=[""] * 7) == [1, 1, 0, 0, 0, 0, 0]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedded import puzzle_policy
 from embedded.arithmetic_policy import Recipe, prepare_policy
-from embedded.knights_and_knaves import right_compact_roles
+from embedded.knights_and_knaves import correct_compact_roles
 from embedded.puzzle_policy import MAX_TOKENS, STUDENT, PuzzleRecipe, embedded_puzzles
 from embedded.statements import COMPACT_CHARACTERS, Iff, IfThen, Is
 
@@ -50,7 +50,7 @@ def test_lessons_are_right_without_mistakes_and_the_same_each_time():
     answers = {p.compact_prompt: p.compact_answer for p in embedded_puzzles().train}
     taught = lessons(PuzzleRecipe())
     assert taught == lessons(PuzzleRecipe())
-    assert set(right_compact_roles([text for _, text in taught], [answers[prompt] for prompt, _ in taught])) == {1.0}
+    assert set(correct_compact_roles([text for _, text in taught], [answers[prompt] for prompt, _ in taught])) == {1.0}
 
 
 def test_lessons_of_a_careless_pupil():
