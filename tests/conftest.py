@@ -1,25 +1,27 @@
 """Workers for the whole suite, the `slow` marker, and one thread per process."""
 
 import os
+import runpy
+import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of a few thousand parameters only wait for each other on more
+# Before torch is imported: models of a few thousand parameters are slower on more threads
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 
-
-torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
 # In the order in which they start, so that no worker is left with a long file at the end. Most of their tests are
 # slow, because they start processes, each of which imports torch and TRL.
 SLOW_FOLDERS = ("distributed", "real_vllm", "examples", "resilience", "peft_forms")
 # In them, the tests that use one of these fixtures do; the others are as fast as any.
-STARTS_PROCESSES = {"launch", "one_process", "paths", "path", "cache", "runs"}
+STARTS_PROCESSES = {"launch", "one_process", "paths", "path", "cache", "runs", "killed"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,6 +50,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if folder(item) in SLOW_FOLDERS and STARTS_PROCESSES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: SLOW_FOLDERS.index(folder(item)) if folder(item) in SLOW_FOLDERS else 9)
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch, capfd):
+    """Runs a script as `__main__` of this process, in `tmp_path`; returns what it printed, and what it warned of."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(script: str | Path, *flags: Any) -> tuple[str, str]:
+        path = TESTS.parent / script
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
+        capfd.readouterr()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            runpy.run_path(str(path), run_name="__main__")
+        printed = capfd.readouterr()
+        return printed.out, printed.err + "\n".join(str(warning.message) for warning in caught)
+
+    return start
 
 
 def folder(item: pytest.Item) -> str:

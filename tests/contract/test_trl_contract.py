@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from dataclasses import fields
 from textwrap import dedent
 
@@ -171,10 +173,8 @@ def test_a_clip_beyond_every_ratio_is_a_constant_without_a_gradient():
 
 
 def test_plain_import_is_light():
-    """`import trl_ext` and its losses import neither TRL nor transformers."""
-    import subprocess
-    import sys
-
-    code = "import sys, trl_ext, trl_ext.losses; print([m for m in ('trl', 'transformers') if m in sys.modules])"
+    """`import trl_ext`, its losses and the packages of its methods import neither TRL nor transformers."""
+    modules = ", ".join(f"trl_ext.{name}" for name in ("losses", "drpo", "rlad", "tropd", "erpd"))
+    code = f"import sys, {modules}; print([name for name in ('trl', 'transformers') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
+import warnings
 
 import pytest
 import tiny
@@ -13,10 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studies import measures, runs, smoke
 from studies.low_precision import SAMPLERS
+from studies.run import main
 from studies.tasks import TASKS
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_is_the_same_after_a_round_trip_through_its_result(tmp_path):
@@ -77,17 +74,22 @@ def test_rounding_has_as_many_levels_as_the_bits_say():
     assert SAMPLERS["bfloat16"](torch.tensor([1.001])).item() == 1.0
 
 
-def test_runs_are_made_once_and_measured(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRL_EXT_CACHE": str(tmp_path)}
-    environment |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}  # slots of its own
-    command = [sys.executable, "-m", "studies.run", "smoke", "--group", "quick", "--problems", "20"]
-    command += ["--results", str(tmp_path)]
+def test_runs_are_made_once_and_measured(tmp_path, cache, monkeypatch, capfd):
+    monkeypatch.setenv("TRL_EXT_CACHE", str(cache))
+    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))  # slots of its own
+    monkeypatch.setattr(os, "nice", lambda increment: None)
+    flags = ["smoke", "--group", "quick", "--problems", "20", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["studies.run", *flags])
 
     def start():
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            with pytest.raises(SystemExit) as ending:
+                main()
+        assert ending.value.code == 0, capfd.readouterr().out[-3000:]
+        assert not [warning for warning in caught if "is deprecated" in str(warning.message)]
 
-    first = start()
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    start()
     grpo, drpo, erpd, gkd = runs.load_results("smoke", tmp_path)
     assert [point["update"] for point in grpo["stages"][0]["curve"]] == [1, 2]
     assert grpo["test"].keys() == drpo["validation"].keys() == {
@@ -101,5 +103,5 @@ def test_runs_are_made_once_and_measured(tmp_path):
     policies = [policy["policy"] for policy in erpd["stages"][0]["policies"]]
     assert policies == ["base", "teacher_mse", "unlearned_mse", "distilled"]
     assert erpd["validation"]["kl_to_base"] > 0
-    assert start().returncode == 0
+    start()
     assert len(runs.load_results("smoke", tmp_path)) == 4

@@ -1,7 +1,7 @@
 """
 Kills a run at random moments (SIGKILL), and starts it again each time, until it ends where the undisturbed run ends.
 
-    python tests/resilience/killed_runs.py --trainer drpo --kills 20 --seed 0 --folder /tmp/killed
+    python tests/resilience/killed_runs.py --trainers drpo --kills 20 --seed 0 --folder /tmp/killed
 
 Every attempt is a process of its own, forked once everything is imported. Every other kill waits for a checkpoint that
 is being written, the moment at which most can go wrong.
@@ -37,18 +37,28 @@ with contextlib.suppress(ImportError):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trainer", choices=list(RUNS), required=True)
-    parser.add_argument("--kills", type=int, default=20, help="how often it is killed at most")
+    parser.add_argument("--trainers", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--kills", type=int, default=20, help="how often each is killed at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, required=True)
     flags = parser.parse_args()
-    folder: Path = flags.folder
-    moments = random.Random(flags.seed)
+    failures = 0
+    for trainer in flags.trainers:
+        try:
+            kill_and_resume(trainer, flags.kills, random.Random(flags.seed), flags.folder / trainer)
+        except AssertionError:  # the others are killed nevertheless
+            traceback.print_exc()
+            failures += 1
+    sys.exit(failures)
+
+
+def kill_and_resume(trainer_name: str, most_kills: int, moments: random.Random, folder: Path) -> None:
+    """Prints a line when the killed run has ended as the undisturbed one."""
     policy = str(folder / "policy")
     assert Attempt(lambda: save_policy(Path(policy))).result() == 0
 
     def train(name: str) -> None:
-        trainer = RUNS[flags.trainer](policy, folder / name)
+        trainer = RUNS[trainer_name](policy, folder / name)
         try:
             newest_whole_checkpoint(str(folder / name))
             resume = True
@@ -68,13 +78,13 @@ def main() -> None:
     while True:
         (folder / "killed.began").unlink(missing_ok=True)
         attempt = Attempt(lambda: train("killed"))
-        if kills < flags.kills:
+        if kills < most_kills:
             attempt.wait_until((folder / "killed.began").exists)
             attempt.wait_until(at(time.monotonic() + moments.uniform(0, 0.5) * seconds))
             if kills % 2:
                 attempt.wait_until(lambda: is_half_written(folder / "killed", since=folder / "killed.began"))
             attempt.kill()
-        if (code := attempt.result()) == 0 and (kills or not flags.kills):
+        if (code := attempt.result()) == 0 and (kills or not most_kills):
             break
         if code == 0:  # it was too fast, once
             seconds /= 2
@@ -87,7 +97,10 @@ def main() -> None:
     assert expected.keys() == ours.keys()
     different = [name for name in expected if not torch.equal(ours[name], expected[name])]
     assert not different, f"after {kills} kills {different} differ"
-    print(f"{flags.trainer}: killed {kills} times, {halves} of them with a half-written checkpoint; equal to the bit")
+    print(
+        f"{trainer_name}: killed {kills} times, {halves} of them with a half-written checkpoint; equal to the bit",
+        flush=True,
+    )
 
 
 def at(moment: float) -> Callable[[], bool]:

@@ -1,8 +1,6 @@
 """What runs with `GRPOTrainer` runs with the class name changed: scripts, images, environments, conversations."""
 
 import re
-import subprocess
-import sys
 from inspect import getsource
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from trl_ext import DRPOTrainer, RLADTrainer
 
 
 @pytest.mark.slow
-def test_trls_own_script_with_the_class_name_changed(tmp_path):
+def test_trls_own_script_with_the_class_name_changed(tmp_path, run_script):
     """TRL's GRPO script, with one word replaced and one import added, trains to the end on a local file."""
     source = getsource(grpo)
     changed, count = re.subn(
@@ -50,11 +48,8 @@ def test_trls_own_script_with_the_class_name_changed(tmp_path):
     flags += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "False", "--report_to", "none"]
     flags += ["--max_steps", "3", "--num_generations", "4", "--num_iterations", "2", "--max_completion_length", "8"]
     flags += ["--logging_steps", "1", "--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
-    result = subprocess.run(
-        [sys.executable, "script.py", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert "probability_shift/max" in result.stdout
+    printed, _ = run_script(tmp_path / "script.py", *flags)
+    assert "probability_shift/max" in printed
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

@@ -25,7 +25,8 @@ SCHEDULES = {
 
 
 def run(path, output_dir, resume=None, peft_config=None, rollout_func=None, dataset=None, **overrides):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, **overrides}
+    saving = {} if resume else {"save_strategy": "steps", "save_steps": 1}
+    settings = {"max_steps": 6, **saving, **overrides}
     args = DRPOConfig(**tiny.grpo_settings(output_dir, **settings))
     trainer = DRPOTrainer(
         path, tiny.digits_reward, args, dataset or tiny.prompts(), peft_config=peft_config, rollout_func=rollout_func

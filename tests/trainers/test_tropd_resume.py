@@ -20,7 +20,7 @@ def run(folder, overrides, resume=None):
     trainer = make_trainer(
         folder,
         dataset=sums(12),
-        save_strategy="steps",
+        save_strategy="no" if resume else "steps",
         save_steps=1,
         max_steps=5,
         lr_scheduler_type="linear",

@@ -1,0 +1,93 @@
+"""How the tests here start a script: as a user does, or in this process, which has imported torch and TRL already."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from embedded.arithmetic_policy import prepare_policy
+
+
+ROOT = Path(__file__).parents[2]
+BRIEF_LESSONS = """
+import dataclasses, runpy, sys
+sys.argv.pop(0)
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+from embedded import tasks
+
+def teach_briefly(recipe, teach=tasks.prepare_policy):
+    start = recipe.start and dataclasses.replace(recipe.start, num_steps=20)
+    return teach(dataclasses.replace(recipe, num_steps=20, start=start))
+
+tasks.prepare_policy = teach_briefly
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where the embedded policies are kept. The pupil is taught once for all tests, whichever worker runs them."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "policies"
+    with FileLock(f"{folder}.lock"):
+        prepare_policy(cache_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def launch(cache, tmp_path):
+    """Starts a script in a process of its own, or in those of `launcher`; returns what it printed."""
+
+    def start(script, *flags, launcher=(), brief_lessons=False):
+        if brief_lessons:
+            launcher = ["-c", BRIEF_LESSONS]
+        result = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
+            cwd=tmp_path,
+            env={**os.environ, "TRL_EXT_CACHE": str(cache)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert result.returncode == 0, "\n".join(result.stderr.splitlines()[-40:])
+        assert_quiet(result.stdout + result.stderr)
+        return result.stdout
+
+    return start
+
+
+@pytest.fixture
+def run(cache, run_script, monkeypatch):
+    """Runs a script as `__main__` of this process; returns what it printed."""
+    monkeypatch.setenv("TRL_EXT_CACHE", str(cache))
+
+    def start(script, *flags):
+        printed, warned = run_script(script, *flags)
+        assert_quiet(printed + warned)
+        return printed
+
+    return start
+
+
+@pytest.fixture
+def own_problems(tmp_path):
+    """A file in GSM8K's format: a question, and a worked answer that ends with `#### number`."""
+    generator = random.Random(0)
+    rows = []
+    for _ in range(24):
+        a, b = generator.randrange(2, 50), generator.randrange(1000, 2000)
+        question = f"Ann has {a} boxes of {b} pens each. How many pens are there?"
+        rows.append({"question": question, "answer": f"{a} * {b} = <<{a}*{b}={a * b}>>{a * b}\n#### {a * b:,}"})
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def assert_quiet(text):
+    for noise in ("is deprecated", "pin_memory", "Experimental", "{'loss'"):
+        assert noise not in text
