@@ -236,3 +236,13 @@ def test_hostile_penalties_stay_finite(estimator, student, teacher):
     assert output.loss[0, 1:].tolist() == [0, 0]
     if not math.isfinite(teacher):
         assert output.loss[0, 0] == logps.grad[0, 0] == 0
+
+
+@pytest.mark.parametrize("log_ratio", [-21.0, -300.0])
+def test_beyond_the_clamp_k3_is_constant_and_does_not_push_away_from_the_teacher(log_ratio):
+    """It was e^20 + (S - T) - 1 there, whose gradient of +1 lowers a token that the teacher finds likelier."""
+    logps = torch.tensor([[log_ratio]], requires_grad=True)
+    penalty = kdrl_penalty(logps, torch.zeros(1, 1), torch.ones(1, 1), estimator="k3").loss
+    penalty.sum().backward()
+    assert penalty.item() == pytest.approx(math.exp(20) - 21)
+    assert logps.grad.item() == 0

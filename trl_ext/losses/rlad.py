@@ -131,7 +131,9 @@ def kdrl_penalty(
     if estimator == "k2":
         penalty = 0.5 * log_ratio.square()
     else:
-        penalty = torch.expm1(-log_ratio.clamp(min=-MAX_LOG_RATIO)) + log_ratio
+        # The whole estimator is clamped: of the second term alone the gradient would push away from the teacher
+        bounded = log_ratio.clamp(min=-MAX_LOG_RATIO)
+        penalty = torch.expm1(-bounded) + bounded
     metrics = teacher_metrics(log_ratio, neutral)
     metrics["teacher/penalty"] = penalty.detach()
     return TokenLoss(penalty, metrics)
