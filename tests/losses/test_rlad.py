@@ -7,7 +7,16 @@ from functools import partial
 import pytest
 import torch
 
-from trl_ext.losses import dppo_loss, drpo_loss, kdrl_penalty, ppo_clip_loss, spo_loss, trrd_loss
+from trl_ext.losses import (
+    dppo_loss,
+    drpo_loss,
+    kdrl_coefficient,
+    kdrl_mask,
+    kdrl_penalty,
+    ppo_clip_loss,
+    spo_loss,
+    trrd_loss,
+)
 
 
 def one_token(student, old, teacher, advantage, **settings):
@@ -238,11 +247,20 @@ def test_hostile_penalties_stay_finite(estimator, student, teacher):
         assert output.loss[0, 0] == logps.grad[0, 0] == 0
 
 
-@pytest.mark.parametrize("log_ratio", [-21.0, -300.0])
-def test_beyond_the_clamp_k3_is_constant_and_does_not_push_away_from_the_teacher(log_ratio):
-    """It was e^20 + (S - T) - 1 there, whose gradient of +1 lowers a token that the teacher finds likelier."""
-    logps = torch.tensor([[log_ratio]], requires_grad=True)
-    penalty = kdrl_penalty(logps, torch.zeros(1, 1), torch.ones(1, 1), estimator="k3").loss
-    penalty.sum().backward()
-    assert penalty.item() == pytest.approx(math.exp(20) - 21)
-    assert logps.grad.item() == 0
+@pytest.mark.parametrize(("step", "expected"), [(0, 5e-3), (2, 4e-3), (8, 1e-3), (100, 1e-3)])
+def test_annealed_coefficient(step, expected):
+    assert kdrl_coefficient(step, start=5e-3, decay=5e-4, minimum=1e-3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("none", [True, True, True, True, True, True]),
+        ("response", [True, False, True, True, True, True]),
+        ("group", [False, False, True, True, True, True]),
+    ],
+)
+def test_reward_guided_mask(mask, expected):
+    """Groups of two: one with a correct completion, one with less reward than that, one with none at all."""
+    rewards = torch.tensor([0.0, 1.0, 0.9, 0.0, float("nan"), 0.5])
+    assert kdrl_mask(rewards, mask, correct_reward=1.0, group_size=2).tolist() == expected

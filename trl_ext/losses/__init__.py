@@ -10,7 +10,7 @@ from trl_ext.losses.erpd import (
     token_signal,
 )
 from trl_ext.losses.ppo_clip import ppo_clip_loss
-from trl_ext.losses.rlad import DISTILLATIONS, kdrl_penalty, trrd_loss
+from trl_ext.losses.rlad import DISTILLATIONS, kdrl_coefficient, kdrl_mask, kdrl_penalty, trrd_loss
 from trl_ext.losses.token_loss import TokenLoss
 from trl_ext.losses.tropd import (
     GUIDANCE_SCHEDULES,
@@ -37,6 +37,8 @@ __all__ = [
     "eopd_loss",
     "forward_kl_top_k",
     "guidance_loss",
+    "kdrl_coefficient",
+    "kdrl_mask",
     "kdrl_penalty",
     "least_of_top_share",
     "longest_prefix",

@@ -131,12 +131,38 @@ def kdrl_penalty(
     if estimator == "k2":
         penalty = 0.5 * log_ratio.square()
     else:
-        # The whole estimator is clamped: of the second term alone the gradient would push away from the teacher
-        bounded = log_ratio.clamp(min=-MAX_LOG_RATIO)
-        penalty = torch.expm1(-bounded) + bounded
+        penalty = torch.expm1(-log_ratio.clamp(min=-MAX_LOG_RATIO)) + log_ratio
     metrics = teacher_metrics(log_ratio, neutral)
     metrics["teacher/penalty"] = penalty.detach()
     return TokenLoss(penalty, metrics)
+
+
+def kdrl_coefficient(step: int, start: float, decay: float, minimum: float) -> float:
+    r"""KDRL's annealing: \\( \max(c_0 - s d, c_\mathrm{min}) \\), the coefficient at optimizer step \\( s \\)."""
+    return max(start - step * decay, minimum)
+
+
+def kdrl_mask(rewards: torch.Tensor, mask: str, correct_reward: float, group_size: int) -> torch.Tensor:
+    """
+    KDRL's reward-guided masking: True for the completions that have the penalty, of shape `(rollouts,)`.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(rollouts,)`):
+            Group by group. NaN, for a completion without a reward, counts as incorrect.
+        mask (`str`):
+            `"none"`: all have it. `"response"`: all but the correct ones. `"group"`: those of groups without a correct
+            one.
+        correct_reward (`float`):
+            Least reward of a correct completion.
+        group_size (`int`):
+            Number of completions per prompt.
+    """
+    correct = rewards >= correct_reward
+    if mask == "none":
+        correct = torch.zeros_like(correct)
+    elif mask == "group":
+        correct = correct.view(-1, group_size).any(dim=1).repeat_interleave(group_size)
+    return ~correct
 
 
 def teacher_metrics(teacher_log_ratio: torch.Tensor, neutral: torch.Tensor) -> Metrics:

@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings, with_keyword
-from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_penalty, trrd_loss
+from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_coefficient, kdrl_mask, kdrl_penalty, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args, settings_without_effect
 from trl_ext.teacher import TeacherMixin, make_teacher
@@ -131,7 +131,9 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
             constant = tuple(token_loss.metrics) if on_policy else ()
         if terms.penalty:
             penalty = kdrl_penalty(per_token_logps, teacher_logps, mask, estimator=args.kdrl_estimator)
-            coefficient = max(args.kdrl_coef - self.state.global_step * args.kdrl_coef_decay, args.kdrl_coef_min)
+            coefficient = kdrl_coefficient(
+                self.state.global_step, args.kdrl_coef, args.kdrl_coef_decay, args.kdrl_coef_min
+            )
             token_loss.loss = token_loss.loss + coefficient * inputs["distilled"] * penalty.loss
             token_loss.metrics = penalty.metrics | token_loss.metrics
             token_loss.metrics["kdrl/coef"] = torch.full((len(mask),), coefficient, device=mask.device)
@@ -179,14 +181,10 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
 
     def _distilled(self, local_size: int) -> torch.Tensor:
         """1 where KDRL's penalty applies, of shape `(local_size, 1)`."""
-        correct = self.rewards >= self.args.kdrl_correct_reward
-        if self.args.kdrl_mask == "none":
-            correct = torch.zeros_like(correct)
-        elif self.args.kdrl_mask == "group":
-            group = self.num_generations if self.model.training else self.num_generations_eval
-            correct = correct.view(-1, group).any(dim=1).repeat_interleave(group)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        distilled = kdrl_mask(self.rewards, self.args.kdrl_mask, self.args.kdrl_correct_reward, group_size)
         start = self.accelerator.process_index * local_size
-        return (~correct[start : start + local_size]).unsqueeze(1)
+        return distilled[start : start + local_size].unsqueeze(1)
 
 
 # The constructor takes what its parent takes, and a teacher: say so to help() and to editors
