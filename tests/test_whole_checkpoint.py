@@ -132,7 +132,7 @@ def test_a_run_resumes_from_the_last_whole_checkpoint(path, tmp_path, caplog, tr
 
 
 def test_a_checkpoint_that_cannot_be_written(path, tmp_path):
-    """A plain file is in the third checkpoint's place. The run stops, and goes on once it is gone."""
+    """A plain file is in the third checkpoint's place. The run stops, and continues once it is gone."""
     (tmp_path / "checkpoint-3").write_text("in the way")
     trainer = make_trainer(path, tmp_path)
     with pytest.raises(OSError, match=r"checkpoint-3 could not be written .*: make room .* from .*checkpoint-2"):
@@ -143,8 +143,8 @@ def test_a_checkpoint_that_cannot_be_written(path, tmp_path):
     assert resumed.state.global_step == 4
 
 
-def test_a_folder_that_is_used_again_is_not_whole_before_it_is_written_anew(path, tmp_path, monkeypatch):
-    """Else the state of an earlier run would pass for that of the one that was killed."""
+def test_a_folder_that_is_used_again_is_not_whole_until_it_is_rewritten(path, tmp_path, monkeypatch):
+    """Otherwise the state of an earlier run would be taken for that of the one that was killed."""
     make_trainer(path, tmp_path).train()
     trainer = make_trainer(path, tmp_path)
 

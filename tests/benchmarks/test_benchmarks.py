@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.slow  # trains for long
+
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,7 +22,6 @@ def test_benchmark_step(run_script, trainer):
     assert "| sampler |" in out
 
 
-@pytest.mark.slow
 def test_benchmark_distillation():
     """In a process of its own, because the peak of this one's memory is that of an earlier test."""
     flags = ["--turns", 1, "--steps", 1, "--loss_tokens", 64, "--loss_vocabulary", 500, "--loss_width", 16]

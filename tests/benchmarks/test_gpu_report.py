@@ -22,6 +22,7 @@ def gpu_report():
         yield module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["grpo", "drpo", "rlad", "erpd", "gkd", "distillation", "tropd"])
 def test_every_trainer_is_measured(gpu_report, trainer):
     result = gpu_report.measure(gpu_report.Setting(trainer, "tiny", 16, vllm=False))
@@ -59,6 +60,7 @@ def test_docs_say_what_was_run(gpu_report):
     assert written == gpu_report.page({}, "") or "Measured on NVIDIA" in written
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_page(tmp_path, run_script):
     """It measures each setting in a process of its own."""
     flags = ["--sizes", "tiny", "--lengths", 16, "--trainers", "drpo", "--skip_tests"]

@@ -41,7 +41,7 @@ def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
 def test_problems_to_choose_and_to_report_on_are_not_trained_on(task, for_validation, for_test):
     problems = TASKS[task].problems()
     splits = [
-        {frozenset(prompt.rstrip("=").split("+")) for prompt in split["prompt"]}  # a+b and b+a alike
+        {frozenset(prompt.rstrip("=").split("+")) for prompt in split["prompt"]}  # a+b and b+a are the same
         for split in (problems.train, problems.validation, problems.test)
     ]
     assert (len(problems.validation), len(problems.test)) == (for_validation, for_test)

@@ -90,7 +90,7 @@ def test_cross_entropy_of_an_outcome_in_between():
     logps, base, mask = sequences()
     output = reward_cross_entropy_loss(logps, base, column(0.25, 1.0), mask, beta_r=0.5)
     output.loss.sum().backward()
-    # 0.25 * 0.5543552 + 0.75 * 0.8543552 = 0.7793552 over 2 tokens; (0.5744425 - 0.25) * 0.5 = 0.1622212 a token
+    # 0.25 * 0.5543552 + 0.75 * 0.8543552 = 0.7793552 over 2 tokens; (0.5744425 - 0.25) * 0.5 = 0.1622212 per token
     torch.testing.assert_close(output.loss[0], column(0.3896776, 0.3896776), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logps.grad[0], column(0.1622212, 0.1622212), rtol=1e-6, atol=1e-7)
 

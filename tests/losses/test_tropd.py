@@ -290,7 +290,7 @@ def test_guidance_schedules():
     assert [longest_prefix(s, 20, 100, "cosine") for s in (0, 5, 10, 20)] == [100, 85, 50, 0]
     assert [longest_prefix(s, 20, 100, "linear") for s in (0, 5, 10, 20)] == [100, 75, 50, 0]
     assert [longest_prefix(s, 20, 100, "constant") for s in (0, 20)] == [100, 100]
-    assert longest_prefix(30, 20, 100) == 0  # a run that goes on after its planned end
+    assert longest_prefix(30, 20, 100) == 0  # a run that continues after its planned end
 
 
 def test_guidance_by_hand():
@@ -361,7 +361,7 @@ def test_hostile_values(name):
     assert loss[0, 3] == 0
     assert logps.grad[0, 3] == 0
     assert columns.grad is None or columns.grad[0, 3].abs().sum() == 0
-    assert loss[0, 2] == 0  # a token that the teacher cannot judge
+    assert loss[0, 2] == 0  # a token without a teacher score
 
 
 @pytest.mark.parametrize("name", every_loss())

@@ -76,7 +76,7 @@ def test_a_constant_reward_and_a_short_limit(path, tmp_path, caplog):
     diagnostics = TrainingDiagnosticsCallback()
     drpo(path, tmp_path, constant_reward, [diagnostics], max_completion_length=2, num_iterations=1).train()
     assert diagnostics.findings == {"groups_without_signal": 3, "cut_share": 3}
-    groups, cut = warnings_of(caplog)  # each once, although the run goes on for another step
+    groups, cut = warnings_of(caplog)  # each once, although the run continues for another step
     assert "Step 3: In 100% of the groups all completions have the same reward" in groups
     assert "check reward_funcs" in groups
     assert "are cut off at the length limit" in cut

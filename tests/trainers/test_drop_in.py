@@ -224,3 +224,23 @@ def test_the_readmes_loss_of_ones_own(tmp_path):
         not torch.equal(ours, start)
         for ours, start in zip(trainer.model.parameters(), tiny.policy().parameters(), strict=True)
     )
+
+
+def test_a_subclass_may_call_trls_methods_by_keyword(path, tmp_path):
+    """As one that changes rewards in GRPOTrainer does."""
+
+    class Halved(DRPOTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            return 0.5 * super()._calculate_rewards(
+                inputs=inputs, prompts=prompts, completions=completions, completion_ids_list=completion_ids_list
+            )
+
+    rewards = []
+    for trainer_class in (DRPOTrainer, Halved):
+        args = GRPOConfig(**tiny.grpo_settings(tmp_path, max_steps=1))
+        trainer = trainer_class(path, tiny.digits_reward, args, tiny.prompts())
+        torch.manual_seed(0)
+        trainer.train()
+        rewards.append(trainer.state.log_history[0]["reward"])
+    assert rewards[1] == pytest.approx(0.5 * rewards[0])
+    assert rewards[0] > 0

@@ -37,7 +37,7 @@ def test_boundary(path, tmp_path, lora):
     for before, after in zip(begin[4], end[4], strict=True):
         assert torch.equal(before["signal"], after["signal"])
         assert not before["signal"].requires_grad
-        assert not [name for name in before if name.startswith(("teacher", "unlearned"))]  # one float a token
+        assert not [name for name in before if name.startswith(("teacher", "unlearned"))]  # one float per token
 
     def score(weights):
         trainer.model.load_state_dict(weights, strict=False)

@@ -177,7 +177,7 @@ def test_any_rewards_will_do(path, tmp_path, extraction_loss):
 
 @pytest.mark.parametrize("skips", [False, True])
 def test_prompts_whose_rollouts_agree_may_be_left_out(path, tmp_path, skips):
-    """Each prompt's rollouts are alike: `ce` still learns which prompts are right, unless it is told not to."""
+    """Each prompt's rollouts have one reward: `ce` still learns which prompts are solved, unless it is told not to."""
 
     def by_prompt(prompts, **kwargs):
         return [float("1" in prompt) for prompt in prompts]

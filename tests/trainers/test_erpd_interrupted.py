@@ -1,4 +1,4 @@
-"""A run of ERPD that is interrupted while it samples keeps its rollouts, and goes on with them exactly."""
+"""A run of ERPD that is interrupted while it samples keeps its rollouts, and continues with them exactly."""
 
 import os
 import signal
@@ -15,6 +15,9 @@ from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
 
 from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.growing_set import GrowingSet
+
+
+pytestmark = pytest.mark.slow  # trains for long
 
 
 class RewardThatFails:
@@ -84,7 +87,7 @@ def test_a_killed_process_loses_nothing(path, tmp_path, whole):
 
 
 def test_an_interruption_in_a_later_round(path, tmp_path):
-    """The run goes on from the checkpoint before it, in another folder, with what was sampled after it."""
+    """The run continues from the checkpoint before it, in another folder, with what was sampled after it."""
     saving = {"rounds": 2, "save_strategy": "steps", "save_steps": 6}
     two_rounds = train(path, tmp_path / "whole", RewardThatFails(), **saving)
     with pytest.raises(RuntimeError):

@@ -117,13 +117,13 @@ def test_distillation_is_a_token_advantage_in_a_trust_region(halfway, trust_regi
     else:
         losses = -(ratio * advantages - advantages.abs() / 0.3 * anchor.exp() * (ratio - 1) ** 2)
     kl = (base - logps).exp() - (base - logps) - 1
-    # dapo: every token of the set weighs alike, 4 updates a pass
+    # dapo: every token of the set has the same weight, 4 updates per pass
     kl = kl * ratio  # `use_bias_correction_kl`, TRL's default
     expected = ((losses + 0.3 * kl) * mask).sum() / (trainer._stages.fixed_set.num_tokens / 4)
     assert_loss_and_gradient(trainer, inputs, expected)
 
 
-def test_tokens_weigh_alike_whatever_the_batches(path, tmp_path):
+def test_tokens_have_the_same_weight_in_every_batch(path, tmp_path):
     """Under dapo, the sum of a pass's losses is the set's mean, with accumulation and longer generations too."""
     for shape in ({}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4}):
         trainer = make_run(path, tmp_path, prompts_per_round=8, **shape)

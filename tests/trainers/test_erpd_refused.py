@@ -40,7 +40,7 @@ from trl_ext import ERPDConfig, ERPDTrainer
         ({"trust_region": "drpo", "trust_region_radius": -0.1}, "trust_region_radius=-0.1 must be"),
         ({"max_steps": 4}, "max_steps=4 would end ERPDConfig's run within a stage"),
         ({"num_train_epochs": 2}, "num_train_epochs=2 would end"),
-        ({"num_iterations": 2}, "num_iterations=2 has no meaning where a fixed set is passed over: set it to 1"),
+        ({"num_iterations": 2}, "num_iterations=2 has no meaning with a fixed set: set it to 1"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
             "lr_scheduler_type='reduce_lr_on_plateau' depends on evaluations",

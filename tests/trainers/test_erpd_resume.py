@@ -112,7 +112,7 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(path, tmp_path, sav
 
 
 def test_a_longer_run_is_not_cut_short(path, tmp_path):
-    """Its checkpoint may hold a teacher, which nobody should take for the distilled policy."""
+    """Its checkpoint may hold a teacher, which must not be taken for the distilled policy."""
     settings = {"extraction_passes": 1, "distillation_passes": 1}
     run(path, tmp_path, rounds=2, **settings)
     with pytest.raises(ValueError, match="set rounds to what it was, or more"):

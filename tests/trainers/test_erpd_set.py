@@ -14,7 +14,7 @@ from trl_ext.erpd.trainer_host import TrainerHost
 
 
 def sample_set(trainer, rewards, round_number=1):
-    """The set of rollouts that are all alike but for their rewards and for their advantages, which number them."""
+    """The set of rollouts that differ only in their rewards and in their advantages, which number them."""
     number = iter(range(10**6))
 
     def sample(rows):

@@ -11,6 +11,9 @@ from trl_ext import DRPOConfig, DRPOTrainer
 from trl_ext.rollout_checkpoint import load_rollouts, save_rollouts
 
 
+pytestmark = pytest.mark.slow  # trains for long
+
+
 SCHEDULES = {
     "two passes a rollout batch": {"num_iterations": 2},
     "four mini-batches and two passes": {
@@ -75,7 +78,7 @@ def test_rollouts_are_kept_only_while_they_are_needed(path, tmp_path):
 
 
 def test_rollouts_are_restored_as_they_were(tmp_path):
-    """Every dtype and shape, what is no tensor, and slices that share their memory."""
+    """Every dtype and shape, values that are not tensors, and slices that share memory."""
     shared = torch.arange(12).view(4, 3)
     batches = [
         {"ids": shared[:2], "logps": torch.tensor([[math.nan, -math.inf]]), "num_images": [1, 0], "num_tiles": None},
@@ -107,7 +110,7 @@ def test_rollouts_are_restored_as_they_were(tmp_path):
         ({"num_iterations": 3}, "num_iterations 4 -> 3"),
     ],
 )
-def test_rollouts_that_do_not_fit_the_run_are_sampled_anew(path, tmp_path, caplog, changes, message):
+def test_rollouts_that_do_not_fit_the_run_are_not_used(path, tmp_path, caplog, changes, message):
     run(path, tmp_path, num_iterations=4)
     settings = {"num_iterations": 4, **changes}
     resumed = run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-2"), **settings)
@@ -115,7 +118,7 @@ def test_rollouts_that_do_not_fit_the_run_are_sampled_anew(path, tmp_path, caplo
     assert resumed.state.global_step == 6
 
 
-def test_rollouts_of_another_number_of_processes_are_sampled_anew(path, tmp_path, caplog):
+def test_rollouts_of_another_number_of_processes_are_not_used(path, tmp_path, caplog):
     trainer = run(path, tmp_path, num_iterations=2)
     folder, identity = str(tmp_path / "checkpoint-3"), {**trainer._run_identity(), "global_step": 3}
     batches, step = load_rollouts(folder, identity, 0, torch.device("cpu"))

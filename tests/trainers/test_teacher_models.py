@@ -1,4 +1,4 @@
-"""A teacher that is a model or an adapter: what RLAD and TrOPD do with it alike, and what cannot be a teacher."""
+"""A teacher that is a model or an adapter: what RLAD and TrOPD share, and what cannot be a teacher."""
 
 import math
 

@@ -331,7 +331,7 @@ def test_tropd_leaves_out_what_the_server_could_not_score(tmp_path, server):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "mend"),
+    ("overrides", "fix"),
     [
         ({"guidance": "teacher"}, "guidance='dataset'"),
         ({"objective": "eopd"}, "choose another objective"),
@@ -339,6 +339,6 @@ def test_tropd_leaves_out_what_the_server_could_not_score(tmp_path, server):
         ({"temperature": 0.9}, "set it to 1.0"),
     ],
 )
-def test_what_tropd_cannot_ask_of_a_server(tmp_path, server, overrides, mend):
-    with pytest.raises(ValueError, match=mend):
+def test_what_tropd_cannot_ask_of_a_server(tmp_path, server, overrides, fix):
+    with pytest.raises(ValueError, match=fix):
         tropd_trainer(tmp_path, server, **overrides)

@@ -168,7 +168,7 @@ def test_a_rollout_begins_with_the_teachers_words(tmp_path, source):
         completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
         example = trainer.train_dataset[row]
         written = ids(example["completion"]) if source == "dataset" else hashed_completion([0, *prompt])
-        prefix = [token for token in written if token != 1][:2]  # without the end: the student goes on
+        prefix = [token for token in written if token != 1][:2]  # without the end: the student continues
         assert completion == (prefix + hashed_completion(prompt + prefix))[:10]
         assert batch["guided_mask"][row].tolist() == [i < len(prefix) for i in range(len(batch["guided_mask"][row]))]
 

@@ -113,7 +113,7 @@ def test_dropout_is_off_while_sampling_and_on_in_training(tmp_path):
     assert not torch.equal(*scores)  # the training pass has dropout
 
 
-def test_bfloat16_scores_student_and_teacher_alike(tmp_path):
+def test_bfloat16_scores_student_and_teacher_in_the_same_way(tmp_path):
     """A student equal to its teacher has exactly the same log-probabilities under mixed precision."""
     trainer = make_trainer(tmp_path, teacher=tiny.policy(), bf16=True)
     batches = micro_batches(trainer)

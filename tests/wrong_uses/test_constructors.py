@@ -135,7 +135,7 @@ def test_a_wrong_argument(method, arguments, message):
     assert_clear(lambda: construct(method, **arguments), message)
 
 
-# ---- with a policy at hand, because the fault is in how the arguments fit each other
+# ---- with a policy, because what is wrong is the combination of arguments
 
 
 def with_policy(method, **arguments):

@@ -18,21 +18,22 @@ def train(tmp_path, reward=tiny.digits_reward, trainer_class=DRPOTrainer, resume
     trainer.train(resume_from_checkpoint=resume)
 
 
-@pytest.mark.parametrize(
-    ("rewards", "message"),
-    [
-        (lambda n: 0.5, "one number, or None, per completion .*: return a flat list of numbers"),
-        (lambda n: None, "return a flat list of numbers"),
-        (lambda n: ["good"] * n, "return a flat list of numbers"),
-        (lambda n: [[1.0, 2.0]] * n, "return a flat list of numbers"),
-        (lambda n: torch.ones(n, 2), "return a flat list of numbers"),
-        (lambda n: [1.0], "returned 1 rewards, but 8 were expected"),
-        (lambda n: [], "returned 0 rewards, but 8 were expected"),
-    ],
-)
+WRONG_REWARDS = {  # for 8 completions
+    "a number": (0.5, "one number, or None, per completion .*: return a flat list of numbers"),
+    "nothing": (None, "return a flat list of numbers"),
+    "words": (["good"] * 8, "return a flat list of numbers"),
+    "pairs": ([[1.0, 2.0]] * 8, "return a flat list of numbers"),
+    "a matrix": (torch.ones(8, 2), "return a flat list of numbers"),
+    "too few": ([1.0], "returned 1 rewards, but 8 were expected"),
+    "none": ([], "returned 0 rewards, but 8 were expected"),
+}
+
+
+@pytest.mark.parametrize(("rewards", "message"), WRONG_REWARDS.values(), ids=WRONG_REWARDS)
 def test_wrong_rewards(tmp_path, rewards, message):
     def reward(completions, **kwargs):
-        return rewards(len(completions))
+        assert len(completions) == 8
+        return rewards
 
     assert_clear(lambda: train(tmp_path, reward), message)
 
@@ -45,11 +46,19 @@ def test_an_error_within_a_reward_function_is_the_users_own(tmp_path):
         train(tmp_path, reward)
 
 
+def without_the_last_score(output):
+    output["logprobs"][0].pop()
+
+
+def without_tokens(output):
+    del output["completion_ids"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda output: output["logprobs"][0].pop(), "differ in length: return one log-probability per token"),
-        (lambda output: output.pop("completion_ids"), "completion_ids"),
+        (without_the_last_score, "differ in length: return one log-probability per token"),
+        (without_tokens, "completion_ids"),
     ],
 )
 def test_wrong_rollouts(tmp_path, change, message):

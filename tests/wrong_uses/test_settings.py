@@ -6,7 +6,7 @@ import pytest
 from wrong import CONFIGS, assert_clear, config
 
 
-# Settings of GRPO, which all three of its trainers refuse alike
+# Settings of GRPO, which all three of its trainers refuse
 GRPO = [
     ({"loss_type": "cispo"}, r"cannot use loss_type='cispo'.*set it to one of 'grpo', 'bnpo'"),
     ({"loss_type": "nonsense"}, r"cannot use loss_type='nonsense'.*set it to one of 'grpo'"),
