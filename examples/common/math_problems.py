@@ -7,6 +7,7 @@ import re
 import threading
 import warnings
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,23 @@ except ImportError:
 
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
 QUESTION_COLUMNS = ("prompt", "question", "problem", "conversations")  # the last in ShareGPT's form
+HINT_COLUMNS = ("solution", "answer")  # the worked solution
+HINT_TEMPLATE = "{prompt}\n\n{privileged_context}"  # TRL's SDFT
 ANSWER_COLUMNS = ("answer", "solution", "reward_model")  # `answer` is shorter than `solution`; the last is verl's form
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_problems(
-    script_args: ScriptArguments, tokenizer: Any, num_held_out: int, seed: int, with_answers: bool = True
+    script_args: ScriptArguments,
+    tokenizer: Any,
+    num_held_out: int,
+    seed: int,
+    with_answers: bool = True,
+    with_hints: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    Training and held-out problems, with the columns `prompt` and, `with_answers`, `gold`.
+    Training and held-out problems, with the columns `prompt` and, `with_answers`, `gold`. `with_hints` also
+    `privileged_context`, which holds the worked solution, and `teacher_prompt`, the prompt with it.
 
     The first `num_held_out` problems of the test split are held out. Without such a split, they are drawn from the
     training split, at most a tenth of it, and not trained on.
@@ -51,13 +60,14 @@ def load_problems(
             f"{name} has no split {script_args.dataset_train_split!r}: set --dataset_train_split to one of "
             f"{', '.join(map(repr, splits))}."
         )
-    train = _as_problems(splits[script_args.dataset_train_split], name, tokenizer, with_answers)
+    as_problems = partial(
+        _as_problems, name=name, tokenizer=tokenizer, with_answers=with_answers, with_hints=with_hints
+    )
+    train = as_problems(splits[script_args.dataset_train_split])
     if num_held_out == 0:
         return train, None
     if script_args.dataset_test_split in splits and script_args.dataset_test_split != script_args.dataset_train_split:
-        return train, _as_problems(
-            splits[script_args.dataset_test_split].take(num_held_out), name, tokenizer, with_answers
-        )
+        return train, as_problems(splits[script_args.dataset_test_split].take(num_held_out))
     return _hold_out(train, num_held_out, seed)
 
 
@@ -78,7 +88,7 @@ def _hold_out(
 
 
 def _as_problems(
-    dataset: Dataset | IterableDataset, name: str, tokenizer: Any, with_answers: bool
+    dataset: Dataset | IterableDataset, name: str, tokenizer: Any, with_answers: bool, with_hints: bool
 ) -> Dataset | IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
@@ -91,6 +101,12 @@ def _as_problems(
             f"{name} has the columns {', '.join(map(repr, columns))}, but it must have a 'prompt', 'question', "
             f"'problem' or 'conversations'{answers}: rename its columns."
         )
+    hint = next((column for column in HINT_COLUMNS if column in columns), None)
+    if with_hints and hint is None:
+        raise ValueError(
+            f"{name} has the columns {', '.join(map(repr, columns))}, but hints need a 'solution' or an 'answer' with "
+            "the worked solution: rename its columns."
+        )
     conversational = bool(getattr(tokenizer, "chat_template", None))
 
     def as_problem(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +118,9 @@ def _as_problems(
             with_answers and answer is not None
         ):  # not named `answer`: `map` would cast it back to the type of that column
             problem["gold"] = gold_answer(row[answer])
+        if with_hints:
+            problem["privileged_context"] = f"A correct solution, for reference:\n{row[hint]}"
+            problem["teacher_prompt"] = hinted_prompt(problem["prompt"], problem["privileged_context"])
         return problem
 
     return dataset.map(as_problem, remove_columns=columns)
@@ -120,6 +139,13 @@ def as_prompt(question: Any, finished: bool, conversational: bool) -> Any:
         return question
     text = f"{question}\n\n{INSTRUCTION}"
     return [{"role": "user", "content": text}] if conversational else f"{text}\n\n"
+
+
+def hinted_prompt(prompt: Any, hint: str) -> Any:
+    """A prompt, text or messages, with the hint at its end: in the last message."""
+    if isinstance(prompt, str):
+        return HINT_TEMPLATE.format(prompt=prompt, privileged_context=hint)
+    return [*prompt[:-1], {**prompt[-1], "content": hinted_prompt(prompt[-1]["content"], hint)}]
 
 
 def gold_answer(answer: Any) -> str:

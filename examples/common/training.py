@@ -72,12 +72,15 @@ def load_tokenizer(training_args: Any, model_args: ModelConfig) -> PreTrainedTok
     )
 
 
-def own_math_task(script_args: Any, training_args: Any, model_args: ModelConfig, with_answers: bool = True) -> Task:
-    """A model and math problems of your own; held-out problems are evaluated with one completion each."""
+def own_math_task(script_args: Any, training_args: Any, model_args: ModelConfig, **columns: bool) -> Task:
+    """
+    A model and math problems of your own; held-out problems are evaluated with one completion each. `columns` are
+    those of `load_problems`.
+    """
     assert model_args.model_name_or_path is not None
     tokenizer = load_tokenizer(training_args, model_args)
     add_model_init_kwargs(training_args, model_args)
-    data = load_problems(script_args, tokenizer, script_args.num_held_out, training_args.seed, with_answers)
+    data = load_problems(script_args, tokenizer, script_args.num_held_out, training_args.seed, **columns)
     evaluate_at_start(training_args, data[1])
     return Task(model_args.model_name_or_path, tokenizer, *data, reward=math_reward)
 

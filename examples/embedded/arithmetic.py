@@ -21,6 +21,7 @@ from trl.models import unwrap_model_for_generation
 PAD, EOS, UNK = "<|pad|>", "<|end|>", "<|unk|>"
 CHARACTERS = "0123456789+=,"
 TOKENS_PER_DIGIT = 16  # of a completion, for each digit of the numbers: enough for steps and answer
+HINT_TEMPLATE = "{privileged_context},{prompt}"  # TRL's names
 
 
 @dataclass
@@ -77,6 +78,19 @@ class Problem(NamedTuple):
             carry = mistakes.carry(total // 10)
         return ",".join([*steps, str(answer)])
 
+    @property
+    def hint(self) -> str:
+        """The steps with their carries, without the answer: `7+8=15,5+6+1=12`."""
+        return self.worked_solution().rpartition(",")[0]
+
+
+class HintedProblem(Problem):
+    """A sum whose prompt begins with the hint: `7+8=15,5+6+1=12,57+68=`."""
+
+    @property
+    def prompt(self) -> str:
+        return HINT_TEMPLATE.format(privileged_context=self.hint, prompt=super().prompt)
+
 
 class Splits(NamedTuple):
     """Disjoint lists of problems; `a+b` and `b+a` are always in the same one."""
@@ -105,9 +119,16 @@ def split_problems(digits: int = 2, num_train: int = 6000, num_held_out: int = 1
     return Splits(splits.train[:num_train], splits.held_out[:num_held_out])
 
 
-def as_dataset(problems: Sequence[Problem]) -> Dataset:
-    """The columns `prompt` and `answer`."""
-    return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems])
+def as_dataset(problems: Sequence[Problem], hints: bool = False) -> Dataset:
+    """
+    The columns `prompt` and `answer`. With `hints` also `privileged_context`, which is the hint (for TRL's SDFT), and
+    `teacher_prompt`, which is the prompt with the hint.
+    """
+    rows: list[dict[str, str]] = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
+    if hints:
+        for row, problem in zip(rows, problems, strict=True):
+            row |= {"privileged_context": problem.hint, "teacher_prompt": HintedProblem(*problem).prompt}
+    return Dataset.from_list(rows)
 
 
 def correct_answer(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:

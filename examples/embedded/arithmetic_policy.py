@@ -26,7 +26,15 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
 
-from embedded.arithmetic import CHARACTERS, EOS, Mistakes, character_tokenizer, split_problems
+from embedded.arithmetic import (
+    CHARACTERS,
+    EOS,
+    HintedProblem,
+    Mistakes,
+    Problem,
+    character_tokenizer,
+    split_problems,
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,30 @@ class Recipe(PolicyRecipe):
         generator = random.Random(self.seed)
         mistakes = Mistakes(self.slip_rate, self.forgotten_carry_rate, generator)
         while True:
-            batch = generator.choices(problems, k=self.batch_size)
-            solutions = [problem.worked_solution(self.style, mistakes) for problem in batch]
-            yield [problem.prompt for problem in batch], solutions
+            lessons = [self.lesson(problem, mistakes) for problem in generator.choices(problems, k=self.batch_size)]
+            yield [prompt for prompt, _ in lessons], [solution for _, solution in lessons]
+
+    def lesson(self, problem: Problem, mistakes: Mistakes) -> tuple[str, str]:
+        """Prompt and solution."""
+        return problem.prompt, problem.worked_solution(self.style, mistakes)
+
+
+@dataclass(frozen=True)
+class HintedRecipe(Recipe):
+    """A pupil who makes no mistakes where the prompt holds the hint, and the usual ones where it does not."""
+
+    hint_share: float = 0.5  # of the lessons with the hint in the prompt
+
+    task = "hinted-sums"
+
+    def lesson(self, problem: Problem, mistakes: Mistakes) -> tuple[str, str]:
+        if mistakes.generator.random() < self.hint_share:
+            return HintedProblem(*problem).prompt, problem.worked_solution(self.style)
+        return super().lesson(problem, mistakes)
 
 
 PUPIL = Recipe()
+HINTED_PUPIL = HintedRecipe()
 
 _VERSION = 2  # part of the names in the cache: raise it when the code below or the form of the solutions changes
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from common.training import Task, prepare_embedded
 from embedded import puzzle_policy
 from embedded.arithmetic import as_dataset, correct_answer, held_out_accuracy, split_problems
-from embedded.arithmetic_policy import PUPIL, PolicyRecipe, prepare_policy
+from embedded.arithmetic_policy import HINTED_PUPIL, PUPIL, PolicyRecipe, prepare_policy
 from embedded.knights_and_knaves import as_dataset as puzzles_as_dataset
 from embedded.knights_and_knaves import correct_compact_roles
 
@@ -27,6 +27,15 @@ def sums(num_held_out: int, student: PolicyRecipe = PUPIL, teacher: PolicyRecipe
         teacher=prepare_policy(teacher) if teacher else None,
         measure=partial(held_out_accuracy, problems=held_out),
     )
+
+
+def hinted_sums(num_held_out: int) -> Task:
+    """
+    The same sums with the worked carries as a hint, for a policy that can use it, and its accuracy without the hint.
+    """
+    task = sums(num_held_out, HINTED_PUPIL)
+    task.train = as_dataset(split_problems().train, hints=True)
+    return task
 
 
 def puzzles(num_held_out: int) -> Task:

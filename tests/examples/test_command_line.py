@@ -6,6 +6,7 @@ import drpo_math
 import erpd_math
 import pytest
 import rlad_logic
+import self_distillation
 import tropd_math
 
 from common.command_line import parse_arguments
@@ -16,6 +17,11 @@ SCRIPTS = {
     "drpo_math": (drpo_math.DRPOScriptArguments, DRPOConfig, drpo_math.EMBEDDED_DEFAULTS),
     "erpd_math": (erpd_math.ERPDScriptArguments, ERPDConfig, erpd_math.EMBEDDED_DEFAULTS),
     "rlad_logic": (rlad_logic.RLADScriptArguments, RLADConfig, rlad_logic.EMBEDDED_DEFAULTS),
+    "self_distillation": (
+        self_distillation.SelfDistillationArguments,
+        TrOPDConfig,
+        self_distillation.EMBEDDED_DEFAULTS,
+    ),
     "tropd_math": (tropd_math.TrOPDScriptArguments, TrOPDConfig, tropd_math.EMBEDDED_DEFAULTS),
 }
 
