@@ -63,6 +63,7 @@ def test_resume_in_each_stage_and_round(path, tmp_path):
     assert sum("distilled/kl_per_sequence" in log for log in whole.state.log_history) == 2
 
 
+@pytest.mark.slow
 def test_resume_of_an_adapter_with_two_teachers_accumulation_and_a_sampler(path, tmp_path):
     assert_resumes_everywhere(
         path, tmp_path, (1 + 1 + 1) * 2, extraction_passes=1, distillation_passes=1,

@@ -224,6 +224,7 @@ def test_rollouts_of_another_distillation_are_not_used(path, teacher_path, tmp_p
     assert resumed.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_student_moves_toward_its_teacher(path, tmp_path):
     """With equal rewards there is nothing but the teacher in KDRL: the distance to it shrinks."""
     teacher = tiny.policy()  # the student, shaken

@@ -7,6 +7,8 @@ import torch
 from tropd_runs import assert_same, make_trainer, sums
 
 
+pytestmark = pytest.mark.slow  # trains for long
+
 RUNS = {
     "tropd": {},
     "groups": {"num_generations": 2},

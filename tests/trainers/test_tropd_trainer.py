@@ -46,6 +46,7 @@ def test_training_moves_every_parameter_and_logs(tmp_path, objective):
         assert not any(name.startswith(("guidance", "off_policy")) for name in log)
 
 
+@pytest.mark.slow
 def test_distillation_approaches_the_teacher(tmp_path):
     trainer = make_trainer(
         tmp_path, max_steps=60, learning_rate=1e-2, trust_region="expected", per_device_train_batch_size=16
