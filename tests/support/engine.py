@@ -19,7 +19,7 @@ import tiny
 import torch
 
 
-CACHE_BYTES = 2**26
+CACHE_BYTES = 2**24  # VLLM_CPU_KVCACHE_SPACE, if it is set, would take its place, and counts in GiB
 HEAD_DIM = 32  # vLLM's kernels for the CPU have 32, 48, 64, ...; tiny.py's 16 is not among them
 
 
@@ -49,12 +49,12 @@ def adapt(monkeypatch: pytest.MonkeyPatch, dtype: str = "float32") -> None:
 
 
 @contextmanager
-def serve(path: str, *flags: str, **environment: str) -> Iterator[str]:
+def serve(path: str | Path, *flags: str, **environment: str) -> Iterator[str]:
     """The URL of a vLLM server of the model at `path`, in float32."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), *flags]
     with open(Path(path) / "server.log", "w") as log:
@@ -65,10 +65,15 @@ def serve(path: str, *flags: str, **environment: str) -> Iterator[str]:
             wait_for(url, server, Path(log.name))
             yield url
         finally:
-            if server.poll() is None:  # with its engine, which outlives a server that is told to end
-                for process in [*psutil.Process(server.pid).children(recursive=True), server]:
-                    process.kill()
-            server.wait(60)
+            kill(server)  # with its engine, which outlives a server that is told to end
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With all processes that it has started."""
+    if process.poll() is None:
+        for running in [*psutil.Process(process.pid).children(recursive=True), process]:
+            running.kill()
+    process.wait(60)
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path, timeout: float = 600.0) -> None:
