@@ -3,7 +3,7 @@
 #
 # Makes a virtual environment (default: .venv-vllm) with vLLM's CPU build beside this project, for tests/real_vllm:
 #
-#     .venv-vllm/bin/python -m pytest -n 2 tests/real_vllm
+#     .venv-vllm/bin/python -m pytest tests/real_vllm
 #
 # It takes 3 minutes and 2.8 GB. An environment that is there already and has vLLM is left as it is.
 set -euo pipefail

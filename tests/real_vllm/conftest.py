@@ -22,7 +22,7 @@ import pytest
 
 HERE = Path(__file__).parent
 REPORTS = "TRL_EXT_TEST_REPORTS"  # in the processes of a file: the folder for their reports
-TIMEOUT = 1500  # seconds per file, on cores that others use too
+TIMEOUT = 2400  # seconds per file, on cores that others use too
 ENGINE = {
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",

@@ -76,7 +76,7 @@ def kill(process: subprocess.Popen) -> None:
     process.wait(60)
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path, timeout: float = 600.0) -> None:
+def wait_for(url: str, server: subprocess.Popen, log: Path, timeout: float = 1200.0) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.poll() is not None:
