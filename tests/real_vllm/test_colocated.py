@@ -44,6 +44,13 @@ def greedy(trainer, prompts):
     return written, [list(ids) for ids in generation.generate(prompts=prompts, images=None, num_generations=1)[1]]
 
 
+def assert_no_mismatch_is_logged(trainer):
+    name = "sampling/fresh_log_ratio_abs"
+    logged = [log[name] for log in trainer.state.log_history if name in log]
+    assert logged
+    assert max(logged) < 1e-4
+
+
 @pytest.mark.parametrize(
     "peft_config",
     [
@@ -62,6 +69,7 @@ def test_the_engine_samples_from_the_model_that_is_trained(path, tmp_path, peft_
         assert (second - 1).abs().max() > 1e-3
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
     assert trainer.state.log_history[0]["sampling/missing_logps"] == 0
+    assert_no_mismatch_is_logged(trainer)
     prompts = [trainer.processing_class(f"{i}+{i * 3}=")["input_ids"] for i in range(16)]
     ours, engines = greedy(trainer, prompts)
     assert ours == engines
@@ -103,6 +111,7 @@ def test_every_rollout_is_the_models(path, tmp_path, name):
     trainer.train()
     assert len(differences) >= 2
     assert max(differences) < 1e-4
+    assert_no_mismatch_is_logged(trainer)
 
 
 @pytest.mark.parametrize(

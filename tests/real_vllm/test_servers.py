@@ -86,7 +86,7 @@ def next_token_logps(model, batch):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.supports(name, "vLLM server, weights by disk"))
+        pytest.param(name, marks=pytest.mark.supports(name, "vLLM server, weights through a file"))
         for name in ("drpo", "rlad", "tropd", "erpd")
     ],
 )
