@@ -76,7 +76,8 @@ def test_erpd_math_with_a_model_and_problems_of_ones_own(tmp_path, run, lora):
 
 
 def test_erpd_math_on_two_processes(launch):
-    flags = [*ERPD_QUICK, "--per_device_train_batch_size", 32, "--num_held_out", 7, "--use_cpu", "--grpo_phases", 1]
+    flags = [*ERPD_QUICK, "--per_device_train_batch_size", 32, "--extraction_passes", 1, "--distillation_passes", 1]
+    flags += ["--num_held_out", 7, "--use_cpu", "--grpo_phases", 1]
     out = launch("examples/erpd_math.py", *flags, launcher=TWO_PROCESSES)
     assert out.count("| ERPD, distilled policy") == out.count("| GRPO, 1 sampling phase") == 1
 
