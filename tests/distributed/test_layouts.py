@@ -18,7 +18,8 @@ RELATIVE, ABSOLUTE = 1e-3, 1e-5
 NOT_COMPARED = ("step_time", "eval_loss", "eval_runtime", "eval_samples", "eval_steps", "completions/", "rewards/")
 # TRL's means over the tokens of a micro-batch
 OF_MICRO_BATCHES = ("entropy", "kl")
-TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+# The cases that are cells of docs/support.md, and what the cell says beside the layout
+SHOWN = {"": "", "-lora": ", LoRA", "-head": ", LoRA with a trained head"}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
@@ -28,11 +29,12 @@ def cases(wanted, situation=None):
     """Layouts and names of the cases that are `wanted`; `situation`: what they show of a layout to docs/support.md."""
     found = []
     for layout, (name, case) in itertools.product(LAYOUTS, CASES.items()):
-        if layout in case.layouts and wanted(case):
+        if layout in case.layouts + case.release_layouts and wanted(case):
             marks = [NEEDS_DEEPSPEED] if layout.startswith("zero") else []
-            if situation is not None and name in (case.trainer, f"{case.trainer}-lora"):
-                title = TITLES[layout] + (", LoRA" if case.lora else "") + situation
-                marks.append(pytest.mark.supports(case.trainer, title))
+            if layout in case.release_layouts:
+                marks.append(pytest.mark.release)
+            if situation is not None and (form := name.removeprefix(case.trainer)) in SHOWN:
+                marks.append(pytest.mark.supports(case.trainer, LAYOUTS[layout].title + SHOWN[form] + situation))
             found.append(pytest.param(layout, name, marks=marks, id=f"{layout}-{name}"))
     return found
 

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 import tiny  # noqa: E402
 import tropd_runs  # noqa: E402
-from distributed_cases import CASES, Case  # noqa: E402
+from distributed_cases import CASES, LAYOUTS, Case  # noqa: E402
 from erpd_boundary import watch_boundaries  # noqa: E402
 from fixed_rollouts import rollout  # noqa: E402
 from fsdp_on_cpu import allow_fsdp_on_cpu  # noqa: E402
@@ -36,6 +36,7 @@ from trl_ext import (  # noqa: E402
     TrOPDConfig,
     TrOPDTrainer,
 )
+from trl_ext.erpd.base_policy import save_whole_policy  # noqa: E402
 
 
 CLASSES = {
@@ -127,7 +128,9 @@ def make_trainer(case: Case, paths: Path, out: Path) -> Any:
     trainer_class, config_class = CLASSES[case.trainer]
     args = config_class(**settings_of(case, out))  # before a model is loaded, which ZeRO-3 shards as it is
     student, teacher = str(paths / "student"), str(paths / "teacher")
-    if case.adapter_teacher:
+    if case.adapter_teacher == "folder":
+        teacher = str(paths / "adapter")
+    elif case.adapter_teacher == "beside":
         torch.manual_seed(0)
         student, teacher = get_peft_model(AutoModelForCausalLM.from_pretrained(student), lora()), "expert"
         student.add_adapter(teacher, lora())
@@ -168,7 +171,7 @@ def train(case: Case, paths: Path, out: Path, resume_from: Path | None = None) -
     if case.trainer == "erpd" and resume_from is None:
         watch_boundaries(trainer)
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    trainer.save_model(str(out / "final"))
+    save_whole_policy(trainer, str(out / "final"))
     if trainer.accelerator.is_main_process:
         logs = [log for log in trainer.state.log_history if "train_runtime" not in log]
         torch.save(logs, out / "logs.pt")
@@ -190,17 +193,20 @@ def run(case: Case, paths: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--paths", type=Path, required=True, help="folder of the student and the teacher")
+    parser.add_argument("--paths", type=Path, required=True, help="folder of the student and the teachers")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--runs", nargs="+", required=True, help="layout/case")
     flags = parser.parse_args()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
-    for name in flags.cases:
+    launched_with = dict(os.environ)
+    for name in flags.runs:
+        layout, case = name.split("/")
+        os.environ.update(launched_with | (LAYOUTS[layout].environment if layout in LAYOUTS else {}))
         out = flags.out / name
         out.mkdir(parents=True, exist_ok=True)
         try:
-            run(CASES[name], flags.paths, out)
+            run(CASES[case], flags.paths, out)
         except Exception:  # the other cases run nevertheless
             (out / f"error_{os.environ.get('RANK', 0)}.txt").write_text(traceback.format_exc())
         gc.collect()
