@@ -11,6 +11,7 @@ import io
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,13 +22,12 @@ TRAINERS = {"drpo": "DRPOTrainer", "rlad": "RLADTrainer", "tropd": "TrOPDTrainer
 
 # Titles of the tables, and the situations of each in the order of its rows. A marker that names another one is an
 # error.
-LAYOUTS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
+LAYOUTS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2, SHARDED_STATE_DICT", "FSDP1")
 TABLES = {
     "Two processes train what one process trains": (
         *LAYOUTS,
         *(f"{layout}, LoRA" for layout in ("ZeRO-2", "ZeRO-3", "FSDP2")),
         "FSDP2, LoRA with a trained head",
-        "FSDP1",
         "FSDP1, LoRA",
     ),
     "Resuming, to the bit": (
@@ -91,30 +91,41 @@ Each *runs* links to the test that trains in that situation and compares the res
 of the link is the test's name. All of them run on a CPU, with models of a few thousand parameters and the real
 DeepSpeed, FSDP and PEFT. The tests with vLLM itself need an environment of their own, which
 [`scripts/vllm_environment.sh`](../scripts/vllm_environment.sh) makes, and are skipped elsewhere. *refused* links to
-the test of the error, which says what to do instead. *not run* means that no test has tried it.
+the test of the error, which says what to do instead. *runs (release)* is a test that takes longer and is run before a
+release alone, with `pytest -m release`. *not run* means that no test has tried it.
 """
+
+
+class Evidence(NamedTuple):
+    """A test: its file, its name, and what it shows."""
+
+    path: str
+    name: str
+    word: str
 
 
 class Collector:
     """Collects the markers of all tests without running them."""
 
     def __init__(self) -> None:
-        self.cells: dict[tuple[str, str], list[tuple[str, str, bool]]] = defaultdict(list)
+        self.cells: dict[tuple[str, str], list[Evidence]] = defaultdict(list)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             for marker in item.iter_markers("supports"):
                 trainer, situation = marker.args
                 path = item.path.relative_to(ROOT).as_posix()
-                test = (path, item.name.replace('"', "'"), bool(marker.kwargs.get("refused")))
+                word = "refused" if marker.kwargs.get("refused") else "runs"
+                release = " (release)" if item.get_closest_marker("release") else ""
+                test = Evidence(path, item.name.replace('"', "'"), word + release)
                 if test not in self.cells[situation, trainer]:
                     self.cells[situation, trainer].append(test)
 
 
-def collect() -> dict[tuple[str, str], list[tuple[str, str, bool]]]:
-    """Tests (path, name, whether it is one of a refusal) of each situation and trainer."""
+def collect() -> dict[tuple[str, str], list[Evidence]]:
+    """The tests of each situation and trainer, those that are run before a release alone last."""
     collector = Collector()
-    options = ["--collect-only", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests")]
+    options = ["--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests")]
     with contextlib.redirect_stdout(io.StringIO()):
         status = pytest.main(options, plugins=[collector])
     if status != pytest.ExitCode.OK:
@@ -126,17 +137,17 @@ def collect() -> dict[tuple[str, str], list[tuple[str, str, bool]]]:
                 f"@pytest.mark.supports({trainer!r}, {situation!r}) is in no table of {Path(__file__).name}: "
                 "correct it, or add the situation there."
             )
-    return collector.cells
+    return {key: sorted(tests, key=lambda test: "release" in test.word) for key, tests in collector.cells.items()}
 
 
-def cell(tests: list[tuple[str, str, bool]], situation: str, trainer: str) -> str:
+def cell(tests: list[Evidence], situation: str, trainer: str) -> str:
     if not tests:
         default = NOT_APPLICABLE.get((situation, None), NOT_RUN)
         return NOT_APPLICABLE.get((situation, trainer), default)
     links = []
-    for number, (path, name, refused) in enumerate(tests[:3]):
-        word = ("refused" if refused else "runs") if number == 0 else str(number + 1)
-        links.append(f'[{word}](../{path} "{name}")')
+    for number, test in enumerate(tests[:3]):
+        word = test.word if number == 0 else str(number + 1)
+        links.append(f'[{word}](../{test.path} "{test.name}")')
     return " ".join(links)
 
 

@@ -1,5 +1,5 @@
 """
-Two processes train what one process trains: under DDP, ZeRO-1, 2 and 3 and FSDP2, launched with the files of
+Two processes train what one process trains: under DDP, ZeRO-1, 2 and 3, FSDP2 and FSDP1, launched with the files of
 examples/accelerate_configs.
 """
 
@@ -88,6 +88,11 @@ def test_erpds_teacher_is_kept_whole(launch, layout, case):
 @pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.fault == "unscored"))
 def test_scores_on_one_process_alone_are_an_error_and_no_deadlock(launch, layout, case):
     assert "return them from rollout_func on all, or None on all" in launch(layout).error(case)
+
+
+@pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.fault == "adapter"))
+def test_an_adapter_is_refused_where_it_would_be_saved_empty(launch, layout, case):
+    assert "cannot train an adapter under FSDP1" in launch(layout).error(case)
 
 
 @pytest.mark.parametrize(("layout", "case"), cases(lambda case: case.fault == "lost_rollouts"))

@@ -76,8 +76,8 @@ class Case:
         resumes (`int`, *optional*):
             The step from whose checkpoint a second run continues, to end in the same weights to the bit.
         fault (`str`, *optional*):
-            What goes wrong on the second process: `"unscored"`, its rollouts come without log-probabilities, or
-            `"lost_rollouts"`, its file of the checkpoint is gone.
+            What goes wrong: on the second process `"unscored"`, its rollouts come without log-probabilities, or
+            `"lost_rollouts"`, its file of the checkpoint is gone; on both `"adapter"`, which the layout cannot train.
         release_layouts (`tuple[str, ...]`):
             More layouts, under which it runs only before a release.
     """
@@ -109,9 +109,11 @@ CASES = {
     "tropd": Case("tropd", resumes=2, release_layouts=BY_FSDP),
     "tropd-accumulation": Case("tropd", ("ddp", "zero2", "fsdp2"), accumulation=4),
     "tropd-lora": Case("tropd", SHARDED, lora="lora", resumes=2),
-    "tropd-head": Case("tropd", ("ddp", "fsdp2"), lora="head"),
+    "tropd-head": Case("tropd", ("fsdp2",), lora="head"),
     "tropd-adapter-teacher": Case("tropd", ("ddp", *SHARDED), adapter_teacher="beside"),
     "tropd-adapter-folder": Case("tropd", ("fsdp1",), adapter_teacher="folder"),
+    "rlad-adapter": Case("rlad", ("fsdp1",), adapter_teacher="beside", fault="adapter"),
+    "tropd-adapter": Case("tropd", ("fsdp1",), adapter_teacher="beside", fault="adapter"),
     "tropd-generates": Case("tropd", ("ddp", "zero3", "fsdp2"), {"guidance": "teacher"}, generates=True),
     "erpd": Case("erpd", resumes=6, release_layouts=BY_FSDP),  # in stage 2 of the first round
     "erpd-boundary": Case("erpd", ("ddp", "fsdp2"), {"rounds": 1}, resumes=4),  # before the base policy is restored

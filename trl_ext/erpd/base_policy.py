@@ -105,7 +105,8 @@ def reshard(model: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):  # FSDP2
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:  # FSDP1
-            free_gathered_weights(module, module._handle, True)
+            if hasattr(module._handle.flat_param, "_local_shard"):  # else it has not run yet, and gathered nothing
+                free_gathered_weights(module, module._handle, True)
 
 
 def save_whole_policy(trainer: Any, folder: str) -> None:
