@@ -104,9 +104,11 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP2
             module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:  # FSDP1
-            if hasattr(module._handle.flat_param, "_local_shard"):  # else it has not run yet, and gathered nothing
-                free_gathered_weights(module, module._handle, True)
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle  # None of a unit without weights of its own
+            # Before the first forward pass there is no such attribute, and nothing gathered
+            if handle is not None and hasattr(handle.flat_param, "_local_shard"):
+                free_gathered_weights(module, handle, True)
 
 
 def save_whole_policy(trainer: Any, folder: str) -> None:
