@@ -10,6 +10,7 @@ import contextlib
 import io
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +83,11 @@ NOT_APPLICABLE = {
 }
 NOT_RUN = "not run"
 
+# What `scripts/test_versions.py` printed: the versions, and what was run with them.
+VERSIONED = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "tests", "date")
+VERSIONS: dict[str, tuple[str, ...]] = {
+}
+
 HEAD = """\
 # What was run
 
@@ -93,6 +99,15 @@ DeepSpeed, FSDP and PEFT. The tests with vLLM itself need an environment of thei
 [`scripts/vllm_environment.sh`](../scripts/vllm_environment.sh) makes, and are skipped elsewhere. *refused* links to
 the test of the error, which says what to do instead. *runs (release)* is a test that takes longer and is run before a
 release alone, with `pytest -m release`. *not run* means that no test has tried it.
+"""
+
+
+VERSIONS_HEAD = """\
+## Versions
+
+The lowest versions that `pyproject.toml` allows and the newest there are, by
+[`scripts/test_versions.py`](../scripts/test_versions.py). torch is the exception: it was 2.13.0 in every run, the one
+CPU build that was at hand. The bound of 2.6 is that of FSDP2 in TRL, and no older version than 2.13.0 was tried.
 """
 
 
@@ -155,12 +170,19 @@ def page() -> str:
     cells = collect()
     parts = [HEAD]
     for title, situations in TABLES.items():
-        rows = [f"| {' | '.join(['', *TRAINERS.values()])} |", "|---" * (len(TRAINERS) + 1) + "|"]
-        for situation in situations:
-            row = [cell(cells.get((situation, trainer), []), situation, trainer) for trainer in TRAINERS]
-            rows.append(f"| {' | '.join([situation, *row])} |")
-        parts.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+        rows = {
+            situation: [cell(cells.get((situation, trainer), []), situation, trainer) for trainer in TRAINERS]
+            for situation in situations
+        }
+        parts.append(f"## {title}\n\n" + table([*TRAINERS.values()], rows))
+    parts.append(VERSIONS_HEAD + "\n" + table(VERSIONED, VERSIONS))
     return "\n".join(parts)
+
+
+def table(titles: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """In Markdown: a column for each title, after that of the rows' names."""
+    lines = [("", *titles), ("---",) * (len(titles) + 1), *((name, *cells) for name, cells in rows.items())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
