@@ -85,8 +85,7 @@ NOT_RUN = "not run"
 
 # What `scripts/test_versions.py` printed: the versions, and what was run with them.
 VERSIONED = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "tests", "date")
-VERSIONS: dict[str, tuple[str, ...]] = {
-}
+VERSIONS: dict[str, tuple[str, ...]] = {}
 
 HEAD = """\
 # What was run
@@ -175,7 +174,8 @@ def page() -> str:
             for situation in situations
         }
         parts.append(f"## {title}\n\n" + table([*TRAINERS.values()], rows))
-    parts.append(VERSIONS_HEAD + "\n" + table(VERSIONED, VERSIONS))
+    if VERSIONS:
+        parts.append(VERSIONS_HEAD + "\n" + table(VERSIONED, VERSIONS))
     return "\n".join(parts)
 
 
