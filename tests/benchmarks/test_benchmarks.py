@@ -23,7 +23,7 @@ def test_benchmark_step(run_script, trainer):
 
 
 def test_benchmark_distillation():
-    """In a process of its own, because the peak of this one's memory is that of an earlier test."""
+    """In a process of its own, because the peak memory of this one may be that of an earlier test."""
     flags = ["--turns", 1, "--steps", 1, "--loss_tokens", 64, "--loss_vocabulary", 500, "--loss_width", 16]
     flags += ["--hidden_size", 128, "--layers", 1, "--vocabulary", 500, "--batch_size", 2, "--length", 8]
     command = [sys.executable, ROOT / "benchmarks" / "distillation.py", *flags]

@@ -1,4 +1,4 @@
-"""What ERPD relies on in TRL, transformers and DeepSpeed, beside what `test_trl_contract.py` holds."""
+"""What ERPD relies on in TRL, transformers and DeepSpeed, in addition to what `test_trl_contract.py` checks."""
 
 import importlib.util
 import inspect
@@ -87,7 +87,7 @@ def test_padding():
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeeds_master_weights():
-    """What `WeightsCopy` copies and calls; tests/distributed holds that it is enough."""
+    """What `WeightsCopy` copies and calls; tests/distributed checks that this is enough."""
     from deepspeed.runtime.zero import stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 

@@ -69,7 +69,7 @@ def test_a_scaled_loss_is_not_divided_again():
     assert "if self.loss_is_scaled_for_ga is not None:" in source(Trainer.training_step), HERE
 
 
-def test_gkds_constructor_does_nothing_else_that_we_pass_over():
+def test_gkds_constructor_does_nothing_else_that_we_skip():
     """Our constructor calls that of SFTTrainer, and sets what GKD's sets."""
     names = set()
     for line in source(GKDTrainer.__init__).splitlines():

@@ -1,4 +1,4 @@
-"""Which files know GRPO's private methods and attributes: the seam that a new version of TRL is met in."""
+"""Which files know GRPO's private methods and attributes: where to look when TRL's version is raised."""
 
 import ast
 import inspect

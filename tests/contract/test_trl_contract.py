@@ -1,4 +1,4 @@
-"""What we rely on in TRL. When one of these fails, TRL moved: its message says what, and where we rely on it."""
+"""What we rely on in TRL. When one of these fails, TRL has changed: the message says what, and where we rely on it."""
 
 import ast
 import inspect
@@ -81,7 +81,7 @@ def line_of(text, fragment):
 
 
 def test_the_loss_reads_advantages_and_clips_after_the_log_probabilities():
-    """The one order of events on which the inherited loss stands."""
+    """The order of events that the inherited loss relies on."""
     text = source(GRPOTrainer._compute_loss)
     scored = line_of(text, "self._get_per_token_logps_and_entropies(")
     for fragment in (

@@ -195,7 +195,7 @@ def test_signals_by_hand():
 
 
 def test_an_impossible_token_says_nothing():
-    """Neither by itself, nor as a 0 that centring would make a signal of."""
+    """It has no signal of its own, and centring does not give it one."""
     logps = {"base": torch.tensor([[-1.0, -1.0, -1.0]]), "teacher": torch.tensor([[-3.0, -2.0, -math.inf]])}
     signal = token_signal("teacher", logps, torch.ones(1, 3))
     mean, std = mean_and_std(signal_moments(signal, torch.ones(1, 3)))

@@ -1,4 +1,4 @@
-"""PPO's clip by hand; its parity with TRL stands in tests/contract."""
+"""PPO's clip by hand; its parity with TRL is tested in tests/contract."""
 
 import pytest
 import torch

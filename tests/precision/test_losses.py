@@ -80,7 +80,7 @@ def test_32768_tokens_are_near_float64_and_need_no_larger_tensor(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_ratios_of_0_and_infinity_have_finite_losses_and_gradients(name):
-    """Tokens that one of the policies holds for impossible, or next to it."""
+    """Tokens that are impossible, or nearly so, for one of the policies."""
     hostile = torch.tensor([-1e-7, -20.0, -80.0, -700.0, -torch.inf], dtype=torch.float64)
     pairs = torch.cartesian_prod(hostile[:-1], hostile)  # the current policy never samples what is impossible to it
     inputs = random_inputs(batch=1, time=len(pairs), vocabulary=50, distance=1.0)

@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def targets(self) -> torch.Tensor:
-        """One value a sequence."""
+        """One value per sequence."""
         return self.advantages.squeeze(1)
 
 

@@ -31,7 +31,7 @@ def config(method: str, **settings: Any) -> Any:
 
 
 def construct(method: str, **arguments: Any) -> Any:
-    """A trainer whose model is never to be loaded: the name is that of none."""
+    """A trainer whose model must not be loaded: no model has that name."""
     settings = arguments.pop("settings", {})
     given: dict[str, Any] = {"model": "no-such-policy", "train_dataset": tiny.prompts()}
     if "args" not in arguments:

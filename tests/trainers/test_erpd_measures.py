@@ -17,7 +17,7 @@ from trl_ext.erpd.measures import measure_samples, own_samples, sampling_seed
 
 
 def with_dropout(path, tmp_path, **arguments):
-    """A trainer amid its training, with an adapter that dropout makes a difference to."""
+    """A trainer in the middle of its training, with an adapter whose dropout changes its scores."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
     trainer = make_trainer(path, tmp_path, peft_config=adapter, **arguments)
     trainer.model.train()
@@ -60,7 +60,7 @@ def test_samples_have_random_numbers_of_their_own(path, tmp_path):
         ({"use_vllm": False, "vllm_mode": "colocate", "vllm_tensor_parallel_size": 2}, [7, 8, 9, 10]),
     ],
 )
-def test_the_ranks_of_one_engine_draw_alike(engine, seeds):
+def test_the_ranks_of_one_engine_draw_the_same(engine, seeds):
     """And no two engines: each rank of a colocated engine generates all of its prompts, and takes its share."""
     trainers = [
         SimpleNamespace(args=SimpleNamespace(seed=7, **engine), accelerator=SimpleNamespace(process_index=process))

@@ -13,7 +13,7 @@ from trl_ext import ERPDConfig, ERPDTrainer
 
 
 def run(path, output_dir, resume=None, eval_dataset=None, **overrides):
-    """Two updates a pass; a checkpoint at every step."""
+    """Two updates per pass; a checkpoint at every step."""
     names = ("peft_config", "rollout_func", "reward")
     arguments = {name: overrides.pop(name) for name in names if name in overrides}
     reward = arguments.pop("reward", right_or_wrong)

@@ -1,4 +1,4 @@
-"""When what happens in a run of ERPD: phases, passes, and the learning rate of each update."""
+"""The schedule of a run of ERPD: phases, passes, and the learning rate of each update."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_the_default_weights_of_the_signals_have_the_sum_1(tmp_path):
 
 
 def test_each_phase_ends_with_a_log(path, tmp_path):
-    """4 updates a phase, of which `logging_steps` asks for the 3rd and 6th only."""
+    """4 updates per phase, of which `logging_steps` asks for the 3rd and 6th only."""
     trainer = make_trainer(
         path, tmp_path, prompts_per_round=4, extraction_passes=2, distillation_passes=2, logging_steps=3
     )

@@ -1,4 +1,4 @@
-"""That what is set of ERPD reaches the schedule, the losses, the logs and the check of a checkpoint."""
+"""ERPD's settings reach the schedule, the losses, the logs and the check of a checkpoint."""
 
 from functools import partial
 

@@ -14,7 +14,7 @@ def constant(completions, **kwargs):
 
 
 def make_trainer(path, output_dir, reward, eval_dataset=None, **overrides):
-    """What would move a policy without any signal is on: weight decay, the KL term, an entropy bonus."""
+    """Everything that could move a policy without a signal is on: weight decay, the KL term, an entropy bonus."""
     defaults = {"weight_decay": 0.1, "beta": 0.1, "entropy_coef": 0.1, "prompts_per_round": 4}
     defaults |= {"extraction_passes": 1, "distillation_passes": 1, "per_device_eval_batch_size": 8}
     args = ERPDConfig(**settings(output_dir, **defaults | overrides))

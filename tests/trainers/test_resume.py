@@ -148,7 +148,7 @@ def test_a_batch_that_cannot_be_written_does_not_stop_the_run(path, tmp_path, ca
 
 
 def test_resume_is_exact_in_later_epochs(path, tmp_path):
-    """4 prompts, 2 a rollout batch, 2 passes: an epoch has 4 steps, and the shuffling of each differs."""
+    """4 prompts, 2 per rollout batch, 2 passes: an epoch has 4 steps, and the shuffling of each differs."""
     settings = {"max_steps": 10, "num_iterations": 2}
     whole = run(path, tmp_path, dataset=tiny.prompts(4), **settings)
     for step in (4, 5, 6, 8, 9):

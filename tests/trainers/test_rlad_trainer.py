@@ -226,7 +226,7 @@ def test_rollouts_of_another_distillation_are_not_used(path, teacher_path, tmp_p
 
 @pytest.mark.slow
 def test_student_moves_toward_its_teacher(path, tmp_path):
-    """With equal rewards there is nothing but the teacher in KDRL: the distance to it shrinks."""
+    """With equal rewards only KDRL's penalty trains: the distance to the teacher shrinks."""
     teacher = tiny.policy()  # the student, shaken
     generator = torch.Generator().manual_seed(0)
     for parameter in teacher.parameters():

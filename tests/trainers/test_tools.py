@@ -34,7 +34,7 @@ def add(a: int, b: int) -> int:
 
 
 class Calculator:
-    """An environment with `add` as its tool, which rewards those who have used it."""
+    """An environment with `add` as its tool, which rewards its use."""
 
     def reset(self, **kwargs) -> None:
         self.results = []
@@ -80,7 +80,7 @@ def questions():
 
 
 def write_by_script(trainer):
-    """Every other completion calls the tool in its first turn. Who has called it, or need not, answers."""
+    """Every other completion calls the tool in its first turn. Rows that have called it, or need not, answer."""
     tokenizer = trainer.processing_class
 
     def scripted(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):

@@ -1,4 +1,4 @@
-"""The loss of TrOPDTrainer on real batches: which tokens it is of, how it is averaged, and what it equals."""
+"""The loss of TrOPDTrainer on real batches: which tokens it covers, how it is averaged, and what it equals."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A resumed run of TrOPD is the run that was never stopped, to the bit."""
+"""A resumed run of TrOPD equals the uninterrupted run to the bit."""
 
 import shutil
 

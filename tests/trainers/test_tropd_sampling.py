@@ -206,7 +206,7 @@ def test_vllms_log_probabilities_are_compared_with_the_trainers(tmp_path, vllm_s
         ({"vllm_tensor_parallel_size": 2, "vllm_mode": "server"}, [0, 1, 2, 3]),
     ],
 )
-def test_the_ranks_of_one_engine_draw_alike_and_no_others(tmp_path, monkeypatch, vllm_stub, engine, alike):
+def test_the_ranks_of_one_engine_draw_the_same_and_no_others_do(tmp_path, monkeypatch, vllm_stub, engine, alike):
     trainer = make_trainer(tmp_path, use_vllm=True, guidance="dataset", **engine)
     drawn, own_draws = [], []
     for process in range(4):

@@ -1,4 +1,4 @@
-"""Wrong arguments of the constructors: each is refused before a model is loaded, whose name is that of none here."""
+"""Wrong arguments of the constructors: each is refused before a model is loaded, of which none has the name given."""
 
 import pytest
 import tiny

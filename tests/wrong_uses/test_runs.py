@@ -1,4 +1,4 @@
-"""What can only be seen to be wrong in a run: rewards, rollouts, checkpoints, and losses of one's own."""
+"""Wrong uses that only a run can show: rewards, rollouts, checkpoints, and losses of one's own."""
 
 import pytest
 import tiny
