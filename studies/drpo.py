@@ -43,20 +43,20 @@ def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others
     return run(method, {**settings, **sizes}, sampler=sampler, **{"final": False, "group": "precision", **others})
 
 
-FIRST = ["GRPO, clip 0.2", "DRPO, 0.05", "DRPO, 0.15", "DRPO, 12.5", "none"]
-SECOND = [name for name in REGIONS if name not in FIRST]
-STALENESS = [stale(name, 16) for name in [*FIRST, *SECOND]]
-# The sampler's mean difference from the policy before training, per token: 8e-3 and 4e-4 nats
+STALENESS = {name: stale(name, 16) for name in REGIONS}
+# What the sampler differs by before training, per token: 8e-3 and 4e-4 nats in the mean
+MISMATCHED = ["GRPO, clip 0.2", "GRPO, token truncate", *(f"DRPO, {r:g}" for r in (0.15, 0.5, 2.5, 12.5)), "SPO, 0.2"]
+MISMATCHED += ["DPPO-TV, 0.15", "DPPO-KL, 0.05", "none"]
 PRECISION = {
     sampler: {name: low_precision(name, sampler) for name in names}
     for sampler, names in {
-        "4 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "none"],
-        "6 bits": ["DRPO, 0.15", "GRPO, clip 0.2", "none", "GRPO, token truncate"],
+        "4 bits": MISMATCHED,
+        "6 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 2.5", "DRPO, 12.5", "none"],
     }.items()
 }
-TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in ("GRPO, clip 0.2", "DRPO, 0.05", "DRPO, 0.15")}
+TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in MISMATCHED if not name.startswith(("SPO", "DPPO"))}
 COARSE, FINE = (list(PRECISION[sampler].values()) for sampler in ("4 bits", "6 bits"))
-RUNS = [*STALENESS[:5], *COARSE[:2], *FINE, *COARSE[2:], *STALENESS[5:], *TOO_FAST.values()]
+RUNS = [*COARSE[3:6][::-1], *FINE[1:5], *COARSE[6:9], *STALENESS.values(), *TOO_FAST.values()]
 
 
 def regions_table(split: str = "validation") -> str:

@@ -76,9 +76,8 @@ def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, An
                 **METHODS[stage.method].spent(trainer.args, updates),
                 "curve": curve.points,
                 "policies": between_the_stages(trainer.state.log_history),
-                "rewards": [
-                    [log["step"], round(log["reward"], 4)] for log in trainer.state.log_history if "reward" in log
-                ],
+                "rewards": course(trainer.state.log_history, "reward"),
+                "fresh_log_ratio": course(trainer.state.log_history, "sampling/fresh_log_ratio_abs"),
             }
         )
 
@@ -92,6 +91,11 @@ def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, An
 
 def load(path: str | None) -> Any:
     return AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
+
+
+def course(log_history: list[dict[str, Any]], metric: str) -> list[list[float]]:
+    """Updates and values of a logged metric."""
+    return [[log["step"], round(log[metric], 4)] for log in log_history if metric in log]
 
 
 def between_the_stages(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
