@@ -60,7 +60,6 @@ SEARCH = [
     search(**HIGHER),
     search(**{**UNLEARNED, "epsilon": 0.2, "epsilon_high": 0.5}),
     search(**{**UNLEARNED, "extraction_beta": 0.2, "extraction_passes": 8}),
-    search(**{**UNLEARNED, "extraction_loss": "ce"}),
     search(**UNLEARNED, lr_scheduler_type="linear"),
     search(**{**UNLEARNED, "epsilon_high": 2.0}, distillation_passes=8),
 ]
@@ -70,12 +69,28 @@ SMALL = [
     search(signal="unlearned_reference", epsilon=1.0),
     search(**HASTY, signal="unlearned_reference"),
 ]
-POLICY_GRADIENT = [
-    policy_gradient("drpo", 8, 2),
-    policy_gradient("drpo", 1, 8),
-    policy_gradient("grpo", 1, 8),
-    policy_gradient("grpo", 8, 2),
-]
+# Looked at with the default's settings and one change
+CHANGES: dict[str, dict[str, Any]] = {
+    "outcome_advantage_weight=0.5": {"outcome_advantage_weight": 0.5},
+    "256 prompts with 8 rollouts each": {"prompts_per_round": 256, "num_generations": 8},
+    "extraction_passes=8": {"extraction_passes": 8},
+    "extraction_loss='ce'": {"extraction_loss": "ce"},
+    "extraction_loss='sapo'": {"extraction_loss": "sapo"},
+    "2 rounds of 1,024 rollouts": {"rounds": 2, "prompts_per_round": 64},
+    "4 rounds of 512 rollouts": {"rounds": 4, "prompts_per_round": 32},
+}
+CHANGED = {name: search(**{**UNLEARNED, **change}) for name, change in CHANGES.items()}
+# Sampling phases -> passes over each
+PHASES = {1: 8, 2: 4, 4: 4, 8: 2, 16: 2}
+RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
+POLICY_GRADIENT = {
+    (method, phases): policy_gradient(method, phases, passes)
+    for phases, passes in PHASES.items()
+    for method in ("grpo", "drpo")
+}
+BY_RATE = {
+    (method, rate): policy_gradient(method, 8, 2, learning_rate=rate) for rate in RATES for method in ("grpo", "drpo")
+}
 FINALISTS = {
     "ERPD, unlearned reference": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, "rounds": 3}, group="finalists"),
@@ -91,15 +106,14 @@ BESIDE = {
 BASE = {"base policy": run("grpo", {"max_steps": 0}, group="finalists")}
 ROWS = {**FINALISTS, **BESIDE}
 RUNS = [
-    *SEARCH[:4],
-    *ROWS.values(),
-    *SEARCH[4:6],
-    *with_seeds([FINALISTS["ERPD, unlearned reference"], *list(BESIDE.values())[:2]], (1, 2)),
-    *BASE.values(),
-    *with_seeds(ROWS.values(), (1, 2)),
-    *SEARCH[6:],
-    *POLICY_GRADIENT,
+    *SEARCH,
     *SMALL,
+    *CHANGED.values(),
+    *ROWS.values(),
+    *BASE.values(),
+    *POLICY_GRADIENT.values(),
+    *BY_RATE.values(),
+    *with_seeds(ROWS.values(), (1, 2)),
 ]
 
 

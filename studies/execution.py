@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, An
         limit = min(CURVE_PROBLEMS, num_problems or CURVE_PROBLEMS)
         return measured(model, "validation", limit, samples=CURVE_SAMPLES, greedy=False)
 
+    def measured_on_splits(model: Any) -> dict[str, dict[str, float]]:
+        return {split: measured(model, split) for split in (("validation", "test") if run.final else ("validation",))}
+
     model: Any = path
     stages: list[dict[str, Any]] = []
     for stage in run.stages:
@@ -67,6 +71,7 @@ def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, An
             if trainer.args.max_steps != 0:
                 trainer.train()
             seconds = time.perf_counter() - start - curve.seconds
+            teachers = {saved.name: measured_on_splits(load(str(saved))) for saved in kept_teachers(folder)}
         model = trainer.accelerator.unwrap_model(trainer.model)
         updates = trainer.state.global_step
         stages.append(
@@ -76,17 +81,22 @@ def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, An
                 **METHODS[stage.method].spent(trainer.args, updates),
                 "curve": curve.points,
                 "policies": between_the_stages(trainer.state.log_history),
+                "teachers": teachers,
                 "rewards": course(trainer.state.log_history, "reward"),
                 "fresh_log_ratio": course(trainer.state.log_history, "sampling/fresh_log_ratio_abs"),
             }
         )
 
-    splits = ("validation", "test") if run.final else ("validation",)
-    measures = {split: measured(model, split) for split in splits}
     totals = {
         name: sum(stage[name] for stage in stages) for name in ("rollouts", "sampling_phases", "updates", "seconds")
     }
-    return {**totals, **measures, "stages": stages}
+    return {**totals, **measured_on_splits(model), "stages": stages}
+
+
+def kept_teachers(folder: str) -> list[Path]:
+    """ERPD's extreme region policies of its last round."""
+    rounds = sorted(Path(folder).glob("round-*/"), key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(rounds[-1].glob("teacher_*")) if rounds else []
 
 
 def load(path: str | None) -> Any:
