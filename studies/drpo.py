@@ -3,7 +3,7 @@
 from typing import Any
 
 from studies.pictures import dots
-from studies.runs import Run, run
+from studies.runs import UNSCORED, Run, run
 from studies.tables import table
 
 
@@ -27,6 +27,10 @@ CORRECTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# DRPO around the trainer's own old log-probabilities, the sampler's left out: vllm_importance_sampling_correction=False
+OWN = "DRPO, 0.15, old log-probabilities of the trainer"
+
+
 def stale(name: str, updates: int, learning_rate: float = 1e-4, **others: Any) -> Run:
     """4,096 rollouts. 1 update per batch of 64; or 4, 8, 16 on a batch of 256, in one, two or four passes."""
     method, settings = REGIONS[name]
@@ -38,25 +42,26 @@ def stale(name: str, updates: int, learning_rate: float = 1e-4, **others: Any) -
 
 def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others: Any) -> Run:
     """4,096 rollouts, 4 updates per batch of 256."""
-    method, settings = {**REGIONS, **CORRECTED}[name]
+    sampler += UNSCORED * (name == OWN)
+    method, settings = {**REGIONS, **CORRECTED, OWN: REGIONS["DRPO, 0.15"]}[name]
     sizes = {"steps_per_generation": 4, "max_steps": 64, "logging_steps": 4, "learning_rate": learning_rate}
     return run(method, {**settings, **sizes}, sampler=sampler, **{"final": False, "group": "precision", **others})
 
 
 STALENESS = {name: stale(name, 16) for name in REGIONS}
 # What the sampler differs by before training, per token: 8e-3 and 4e-4 nats in the mean
-MISMATCHED = ["GRPO, clip 0.2", "GRPO, token truncate", *(f"DRPO, {r:g}" for r in (0.15, 0.5, 2.5, 12.5)), "SPO, 0.2"]
-MISMATCHED += ["DPPO-TV, 0.15", "DPPO-KL, 0.05", "none"]
+MISMATCHED = ["GRPO, clip 0.2", "GRPO, token truncate", *(f"DRPO, {r:g}" for r in (0.15, 0.5, 2.5, 12.5)), OWN]
+MISMATCHED += ["SPO, 0.2", "DPPO-TV, 0.15", "DPPO-KL, 0.05", "none"]
 PRECISION = {
     sampler: {name: low_precision(name, sampler) for name in names}
     for sampler, names in {
         "4 bits": MISMATCHED,
+        "5 bits": ["GRPO, token truncate", "DRPO, 0.15", "none"],
         "6 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 2.5", "DRPO, 12.5", "none"],
     }.items()
 }
 TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in MISMATCHED if not name.startswith(("SPO", "DPPO"))}
-COARSE, FINE = (list(PRECISION[sampler].values()) for sampler in ("4 bits", "6 bits"))
-RUNS = [*COARSE[3:6][::-1], *FINE[1:5], *COARSE[6:9], *STALENESS.values(), *TOO_FAST.values()]
+RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
 
 
 def regions_table(split: str = "validation") -> str:

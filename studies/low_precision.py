@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from studies.runs import UNSCORED
+
 
 def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.bfloat16).to(values.dtype)
@@ -23,17 +25,19 @@ def to_bits(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return rounded
 
 
-SAMPLERS = {"bfloat16": to_bfloat16, "8 bits": to_bits(8), "6 bits": to_bits(6), "4 bits": to_bits(4)}
+SAMPLERS = {"bfloat16": to_bfloat16, **{f"{bits} bits": to_bits(bits) for bits in (8, 6, 5, 4)}}
 
 
 class LowPrecisionSampler:
     """
     A `rollout_func`: samples from a copy of the policy in which the weights and inputs of all linear layers, including
-    the LM head, are rounded; `logprobs` are those of the copy, from which the tokens were really drawn.
+    the LM head, are rounded; `logprobs` are those of the copy, from which the tokens were really drawn, or `None` for a
+    name with the suffix `UNSCORED`.
     """
 
     def __init__(self, name: str):
-        self.rounding = SAMPLERS[name]
+        self.rounding = SAMPLERS[name.removesuffix(UNSCORED)]
+        self.scores = not name.endswith(UNSCORED)
 
     def copy_of(self, model: Any) -> Any:
         # Not a deepcopy: the trainer has replaced the model's `forward`, which a copy would share
@@ -46,7 +50,7 @@ class LowPrecisionSampler:
         return sampler
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[list[Any]]]:
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[list[Any]] | None]:
         tokenizer = trainer.processing_class
         sampler = self.copy_of(trainer.accelerator.unwrap_model(trainer.model))
         inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -70,5 +74,5 @@ class LowPrecisionSampler:
                 for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
             ],
             "completion_ids": [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)],
-            "logprobs": [row[:n].tolist() for row, n in zip(logps, lengths, strict=True)],
+            "logprobs": [row[:n].tolist() for row, n in zip(logps, lengths, strict=True)] if self.scores else None,
         }

@@ -18,6 +18,7 @@ from typing import Any
 
 
 RESULTS = Path(__file__).parent / "results"
+UNSCORED = ", unscored"  # suffix of a sampler's name: it keeps its log-probabilities to itself
 
 
 @dataclass(frozen=True)
