@@ -27,7 +27,7 @@ CORRECTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# DRPO around the trainer's own old log-probabilities, the sampler's left out: vllm_importance_sampling_correction=False
+# Around the trainer's old log-probabilities, the sampler's left out: vllm_importance_sampling_correction=False
 OWN = "DRPO, 0.15, old log-probabilities of the trainer"
 
 
