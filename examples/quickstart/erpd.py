@@ -19,9 +19,9 @@ trainer = ERPDTrainer(
         prompts_per_round=256,
         num_generations=16,
         per_device_train_batch_size=16,
-        gradient_accumulation_steps=16,  # 256 rollouts per update, 16 updates per pass over the set
+        gradient_accumulation_steps=4,  # 64 rollouts per update: many small updates go further than few large ones
         num_generations_eval=1,
-        learning_rate=1e-6,
+        learning_rate=1e-6,  # of both stages
         max_completion_length=1024,
         logging_steps=16,
     ),
