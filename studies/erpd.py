@@ -1,9 +1,10 @@
 """ERPD: which settings win, and beside it GRPO and DRPO with the same 2,048 rollouts."""
 
+from collections.abc import Callable
 from typing import Any
 
 from studies.runs import Run, run, with_seeds
-from studies.tables import summary, table
+from studies.tables import Summary, summary, table
 
 
 # Spelled out, whatever the trainer's defaults are. Updates of 64 rollouts: 32 in a pass over the set
@@ -92,7 +93,7 @@ BY_RATE = {
     (method, rate): policy_gradient(method, 8, 2, learning_rate=rate) for rate in RATES for method in ("grpo", "drpo")
 }
 FINALISTS = {
-    "ERPD, unlearned reference": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
+    "ERPD": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, "rounds": 3}, group="finalists"),
 }
 # From the same rollouts in one phase, and in eight
@@ -117,15 +118,51 @@ RUNS = [
 ]
 
 
+def extreme_region(run: Run, split: str = "test") -> Summary | None:
+    """The policy that the last round's stage 1 leaves in place of the run's result."""
+    found, settings = summary("erpd", run, split), run.stages[0].settings
+    results = []
+    for result in found.results if found else ():
+        if teachers := result["stages"][0].get("teachers"):
+            passes = result["rollouts"] // settings["per_device_train_batch_size"]
+            spent = {"updates": settings["extraction_passes"] * passes}
+            results.append({**result, **next(iter(teachers.values())), **spent})
+    return Summary(results) if results else None
+
+
 def finalists() -> str:
     spent = ("rollouts", "sampling_phases", "updates")
-    return table("erpd", {**BASE, **ROWS}, spent=spent)
+    teacher = {"ERPD, its extreme region policy": extreme_region(FINALISTS["ERPD"])}
+    return table("erpd", {**BASE, **teacher, **ROWS}, spent=spent)
 
 
 def wide_search() -> str:
     """What was looked at, on the validation problems."""
     rows = {describe(run): run for run in [*SEARCH, *SMALL]}
-    return table("erpd", rows, "validation", of_policies=("teacher_",), first="stage 1; signal; stage 2")
+    return table("erpd", rows, "validation", first="stage 1; signal; stage 2", extra=OF_TEACHER)
+
+
+def changes() -> str:
+    return table(
+        "erpd", {"the default": SEARCH[0], **CHANGED}, "validation", first="the default, but", extra=OF_TEACHER
+    )
+
+
+def phases() -> str:
+    spent = ("sampling_phases", "updates")
+    rows = {f"{m.upper()}, {n} phase{'s' * (n > 1)}": run for (m, n), run in POLICY_GRADIENT.items()}
+    return table("erpd", rows, "validation", spent=spent)
+
+
+def rates() -> str:
+    rows = {f"{method.upper()}, {rate:g}": run for (method, rate), run in BY_RATE.items()}
+    return table("erpd", rows, "validation", first="8 phases, learning rate")
+
+
+OF_TEACHER: dict[str, Callable[[Summary], str]] = {
+    f"teacher: {what}": lambda found, i=i: found.between_the_stages("teacher_")[i]  # type: ignore[misc]
+    for i, what in enumerate(("accuracy", "KL"))
+}
 
 
 def describe(run: Run) -> str:
@@ -175,5 +212,5 @@ def picture(figure: Any) -> None:
     draw_frontier(figure.subplots(1, 1))
 
 
-TABLES = {"finalists": finalists, "search": wide_search}
+TABLES = {"finalists": finalists, "search": wide_search, "changes": changes, "phases": phases, "rates": rates}
 PICTURES = {"erpd.png": picture}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,10 @@ class Summary:
         return self.results[0][what]
 
     def between_the_stages(self, prefix: str) -> list[str]:
-        """Accuracy and KL of an ERPD policy of the last round."""
+        """
+        Accuracy and KL of an ERPD policy of the last round, as the trainer itself measures them: on 400 validation
+        problems, with one completion each.
+        """
         policies = [
             [p for p in result["stages"][0]["policies"] if p["policy"].startswith(prefix)][-1:]
             for result in self.results
@@ -45,6 +48,19 @@ class Summary:
             return ["", ""]
         means = [statistics.fmean(p[-1][name] for p in policies) for name in ("reward", "kl_per_sequence")]
         return [f"{means[0]:.3f}", f"{means[1]:.2f}"]
+
+    def worst_dip(self) -> float:
+        """The greatest fall of the rollouts' mean reward below what it has been before; mean over the seeds."""
+        dips = []
+        for result in self.results:
+            rewards = [reward for stage in result["stages"] for _, reward in stage["rewards"]]
+            dips.append(max(max(rewards[: i + 1]) - reward for i, reward in enumerate(rewards)))
+        return statistics.fmean(dips)
+
+    def fresh_log_ratio(self) -> str:
+        """Mean |log pi - log mu| in nats per token before any update, in the first batch."""
+        first = [log[0][1] for result in self.results if (log := result["stages"][0].get("fresh_log_ratio"))]
+        return f"{statistics.fmean(first):.3f}" if first else ""
 
     @property
     def seeds(self) -> int:
@@ -87,23 +103,22 @@ SPENT = {"rollouts": "rollouts", "sampling_phases": "sampling phases", "updates"
 
 def table(
     study: str,
-    rows: Mapping[str, Run],
+    rows: Mapping[str, Run | Summary | None],
     split: str = "test",
     measures: Sequence[str] = ("accuracy", "accuracy_greedy", "kl_to_base", "entropy"),
     spent: Sequence[str] = (),
     first: str = "run",
-    of_policies: Sequence[str] = (),
+    extra: Mapping[str, Callable[[Summary], str]] | None = None,
 ) -> str:
-    """
-    A line for each of `rows` of which there is a result. `of_policies`: prefixes of policies between ERPD's stages,
-    whose own measures (on 400 validation problems, one completion each) come beside.
-    """
+    """A line for each of `rows` of which there is a result; `extra` has further columns."""
+    extra = extra or {}
     header = [first, *(SPENT[name] for name in spent), *(COLUMNS[name][0] for name in measures)]
-    header += [f"{prefix.rstrip('_')}: {what}" for prefix in of_policies for what in ("accuracy", "KL")] + ["seeds"]
+    header += [*extra, "seeds"]
     lines = []
-    for name, run in rows.items():
-        if found := summary(study, run, split):
+    for name, row in rows.items():
+        found = summary(study, row, split) if isinstance(row, Run) else row
+        if found:
             cells = [found.spread(measure, split, COLUMNS[measure][1]) for measure in measures]
-            cells += [cell for prefix in of_policies for cell in found.between_the_stages(prefix)]
+            cells += [text(found) for text in extra.values()]
             lines.append([name, *(f"{found.spent(what):,}" for what in spent), *cells, str(found.seeds)])
     return markdown_table(header, lines)
