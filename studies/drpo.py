@@ -64,20 +64,22 @@ TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in MISMATCHED if 
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
 
 
+DIPS = {"worst dip": lambda found: f"{found.worst_dip():.2f}"}
+
+
 def regions_table(split: str = "validation") -> str:
     """Staleness and low precision, side by side would be too wide: one table each."""
-    return table("drpo", {name: stale(name, 16) for name in REGIONS}, split, first="region")
+    return table("drpo", STALENESS, split, first="region", extra=DIPS)
 
 
 def precision_table(split: str = "validation") -> str:
     rows = {f"{sampler}: {name}": run for sampler, runs in PRECISION.items() for name, run in runs.items()}
     rows |= {f"4 bits, learning rate 3e-4: {name}": run for name, run in TOO_FAST.items()}
-    return table("drpo", rows, split, first="sampler: region")
+    return table("drpo", rows, split, first="sampler: region", extra=DIPS)
 
 
 def draw_staleness(axis: Any) -> None:
-    rows = {name: stale(name, 16) for name in REGIONS}
-    dots(axis, "drpo", rows, "DRPO: 16 updates per rollout batch, accuracy on sums", "accuracy", "validation")
+    dots(axis, "drpo", STALENESS, "DRPO: 16 updates per rollout batch, accuracy on sums", "accuracy", "validation")
 
 
 def picture(figure: Any) -> None:

@@ -57,11 +57,6 @@ class Summary:
             dips.append(max(max(rewards[: i + 1]) - reward for i, reward in enumerate(rewards)))
         return statistics.fmean(dips)
 
-    def fresh_log_ratio(self) -> str:
-        """Mean |log pi - log mu| in nats per token before any update, in the first batch."""
-        first = [log[0][1] for result in self.results if (log := result["stages"][0].get("fresh_log_ratio"))]
-        return f"{statistics.fmean(first):.3f}" if first else ""
-
     @property
     def seeds(self) -> int:
         return len(self.results)
