@@ -61,7 +61,6 @@ SEARCH = [
     search(**HIGHER),
     search(**{**UNLEARNED, "epsilon": 0.2, "epsilon_high": 0.5}),
     search(**{**UNLEARNED, "extraction_beta": 0.2, "extraction_passes": 8}),
-    search(**UNLEARNED, lr_scheduler_type="linear"),
     search(**{**UNLEARNED, "epsilon_high": 2.0}, distillation_passes=8),
 ]
 SMALL = [
@@ -75,6 +74,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "outcome_advantage_weight=0.5": {"outcome_advantage_weight": 0.5},
     "256 prompts with 8 rollouts each": {"prompts_per_round": 256, "num_generations": 8},
     "extraction_passes=8": {"extraction_passes": 8},
+    "learning_rate=5e-5, falling to 0": {"learning_rate": 5e-5, "lr_scheduler_type": "linear"},
+    "extraction_learning_rate=1e-4": {"extraction_learning_rate": 1e-4},
     "extraction_loss='ce'": {"extraction_loss": "ce"},
     "extraction_loss='sapo'": {"extraction_loss": "sapo"},
     "2 rounds of 1,024 rollouts": {"rounds": 2, "prompts_per_round": 64},
