@@ -1,6 +1,7 @@
 """ERPD: which settings win, and beside it GRPO and DRPO with the same 2,048 rollouts."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from studies.runs import Run, run, with_seeds
@@ -70,9 +71,14 @@ SMALL = [
     search(**HASTY, signal="unlearned_reference"),
 ]
 # Looked at with the default's settings and one change
+WIDE = {"prompts_per_round": 256, "num_generations": 8}
 CHANGES: dict[str, dict[str, Any]] = {
     "outcome_advantage_weight=0.5": {"outcome_advantage_weight": 0.5},
-    "256 prompts with 8 rollouts each": {"prompts_per_round": 256, "num_generations": 8},
+    "256 prompts with 8 rollouts each": WIDE,
+    "512 prompts with 4 rollouts each": {"prompts_per_round": 512, "num_generations": 4},
+    "256 prompts, outcome_advantage_weight=0.5": {**WIDE, "outcome_advantage_weight": 0.5},
+    "256 prompts, outcome_advantage_weight=1": {**WIDE, "outcome_advantage_weight": 1.0},
+    "256 prompts, distillation_passes=6": {**WIDE, "distillation_passes": 6},
     "extraction_passes=8": {"extraction_passes": 8},
     "learning_rate=5e-5, falling to 0": {"learning_rate": 5e-5, "lr_scheduler_type": "linear"},
     "extraction_learning_rate=1e-4": {"extraction_learning_rate": 1e-4},
@@ -182,35 +188,60 @@ def describe(run: Run) -> str:
 
 
 def draw_frontier(axis: Any) -> None:
-    """Accuracy over divergence on the validation problems: DRPO in one phase and in eight, and ERPD in one."""
-    one, eight = (summary("erpd", BESIDE[f"DRPO, {phases}"], "validation") for phases in ("1 phase", "8 phases"))
-    if one and one.results[0]["stages"][0]["curve"]:
-        points = [(p["kl_to_base"], p["accuracy"]) for p in one.results[0]["stages"][0]["curve"]]
-        axis.plot(*zip(*points, strict=True), ".-", color="0.5", label="DRPO, 1 phase, 2 to 8 passes")
-    if eight:
-        point = eight.mean("kl_to_base", "validation"), eight.mean("accuracy", "validation")
-        axis.plot(*point, "s", color="C3", zorder=5, label="DRPO, 8 phases")
-    for searched in (*SEARCH, *SMALL):
-        if found := summary("erpd", searched, "validation"):
-            settings = searched.stages[0].settings
-            marker = "o" if settings["signal"] == "unlearned_reference" else "^"
-            best = settings == SEARCH[0].stages[0].settings
-            axis.plot(found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation"), marker,
-                      color="C0", markersize=9 if best else 5, alpha=1 if best else 0.5,
-                      label="ERPD as it is by default" if best else None)  # fmt: skip
-    if found := summary("erpd", SEARCH[0], "validation"):
-        accuracy, divergence = found.between_the_stages("teacher_")
-        axis.plot(
-            float(divergence), float(accuracy), "*", color="C1", markersize=11, label="its extreme region policy"
-        )
+    """Accuracy over divergence on the test problems, a dot for each seed."""
+    from_one, from_many = {"marker": "o"}, {"marker": "s", "markerfacecolor": "none"}
+    drawn: dict[str, tuple[Summary | None, dict[str, Any]]] = {
+        "ERPD, 1 phase": (summary("erpd", FINALISTS["ERPD"]), {**from_one, "color": "C0"}),
+        "ERPD, its extreme region policy": (extreme_region(FINALISTS["ERPD"]), {"marker": "*", "color": "C0"}),
+    }
+    for (method, colour), (phases, marker) in product(
+        (("DRPO", "C2"), ("GRPO", "0.4")), (("1 phase", from_one), ("8 phases", from_many))
+    ):
+        name = f"{method}, {phases}"
+        drawn[name] = summary("erpd", BESIDE[name]), {**marker, "color": colour}
+    for name, (found, style) in drawn.items():
+        if found:
+            axis.plot(found.values("kl_to_base"), found.values("accuracy"), linestyle="", label=name, **style)
     axis.set(xlabel="KL to base, nats per sequence", ylabel="accuracy, sampled")
-    axis.set_title("ERPD: 2,048 rollouts on sums (small blue: other settings)", fontsize=9)
+    axis.set_title("ERPD: 2,048 rollouts on sums, a dot for each seed", fontsize=9)
+    axis.legend(fontsize=7, loc="lower right")
+    axis.grid(alpha=0.3)
+
+
+def draw_search(axis: Any) -> None:
+    """The same on the validation problems: what was looked at, and GRPO and DRPO by sampling phases."""
+    for method, colour in (("drpo", "C2"), ("grpo", "0.4")):
+        runs = [summary("erpd", POLICY_GRADIENT[method, number], "validation") for number in PHASES]
+        points = [
+            (found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation")) for found in runs if found
+        ]
+        axis.plot(
+            *zip(*points, strict=True),
+            "s-",
+            color=colour,
+            markersize=4,
+            label=f"{method.upper()}, {', '.join(map(str, PHASES))} phases",
+        )
+    for index, searched in enumerate((*SEARCH, *SMALL, *CHANGED.values())):
+        if found := summary("erpd", searched, "validation"):
+            point = found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation")
+            axis.plot(
+                *point,
+                "o",
+                color="C0",
+                markersize=9 if index == 0 else 4,
+                label="ERPD; large: the default" if index == 0 else None,
+            )
+    axis.set(xlabel="KL to base, nats per sequence", xlim=(0, 1.6), ylim=(0.55, None))
+    axis.set_title("validation problems, one seed: the search", fontsize=9)
     axis.legend(fontsize=7, loc="lower right")
     axis.grid(alpha=0.3)
 
 
 def picture(figure: Any) -> None:
-    draw_frontier(figure.subplots(1, 1))
+    left, right = figure.subplots(1, 2, sharey=True)
+    draw_frontier(left)
+    draw_search(right)
 
 
 TABLES = {"finalists": finalists, "search": wide_search, "changes": changes, "phases": phases, "rates": rates}
