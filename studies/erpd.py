@@ -99,9 +99,11 @@ POLICY_GRADIENT = {
 BY_RATE = {
     (method, rate): policy_gradient(method, 8, 2, learning_rate=rate) for rate in RATES for method in ("grpo", "drpo")
 }
+BEST = {**UNLEARNED, **WIDE, "outcome_advantage_weight": 0.5}
 FINALISTS = {
-    "ERPD": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
-    "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, "rounds": 3}, group="finalists"),
+    "ERPD": run("erpd", {**CENTRE, **BEST}, group="finalists"),
+    "ERPD, signal alone, 128 prompts with 16 each": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
+    "ERPD, three rounds": run("erpd", {**CENTRE, **BEST, "rounds": 3}, group="finalists"),
 }
 # From the same rollouts in one phase, and in eight
 BESIDE = {
