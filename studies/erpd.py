@@ -102,7 +102,8 @@ BY_RATE = {
 BEST = {**UNLEARNED, **WIDE, "outcome_advantage_weight": 0.5}
 FINALISTS = {
     "ERPD": run("erpd", {**CENTRE, **BEST}, group="finalists"),
-    "ERPD, signal alone, 128 prompts with 16 each": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
+    "ERPD, signal alone": run("erpd", {**CENTRE, **UNLEARNED, **WIDE}, group="finalists"),
+    "ERPD, signal alone, 128 prompts": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **BEST, "rounds": 3}, group="finalists"),
 }
 # From the same rollouts in one phase, and in eight

@@ -70,9 +70,10 @@ def extraction(task: Task) -> dict[str, Any]:
         "num_generations_eval": 1,
         "max_completion_length": task.max_tokens,
         "keep_teachers": True,  # to be measured like the result
-        # A run's `epsilon` and `epsilon_high` are stage 2's, whatever the trainer's defaults are
+        # Whatever the trainer's defaults are: a run's `epsilon` and `epsilon_high` are those of stage 2
         "distillation_epsilon": None,
         "distillation_epsilon_high": None,
+        "outcome_advantage_weight": 0.0,
     }
 
 
