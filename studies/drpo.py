@@ -3,7 +3,7 @@
 from typing import Any
 
 from studies.pictures import dots
-from studies.runs import UNSCORED, Run, run
+from studies.runs import UNSCORED, Run, run, with_seeds
 from studies.tables import table
 
 
@@ -56,12 +56,21 @@ PRECISION = {
     sampler: {name: low_precision(name, sampler) for name in names}
     for sampler, names in {
         "4 bits": MISMATCHED,
-        "5 bits": ["GRPO, token truncate", "DRPO, 0.15", "none"],
-        "6 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 2.5", "DRPO, 12.5", "none"],
+        "5 bits": ["GRPO, token truncate", "DRPO, 0.15", "DRPO, 0.5", "none"],
+        "6 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 0.5", "DRPO, 12.5", "none"],
     }.items()
 }
 TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in MISMATCHED if not name.startswith(("SPO", "DPPO"))}
+# With more seeds, and on the test problems too
+FINALISTS = {
+    **{f"16 updates: {name}": stale(name, 16, final=True) for name in ("GRPO, clip 0.2", "DRPO, 0.15", "DRPO, 0.5")},
+    **{
+        f"4 bits: {name}": low_precision(name, "4 bits", final=True)
+        for name in ("GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.5", "none")
+    },
+}
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
+RUNS += with_seeds(FINALISTS.values(), (1, 2))
 
 
 DIPS = {"worst dip": lambda found: f"{found.worst_dip():.2f}"}
@@ -78,6 +87,10 @@ def precision_table(split: str = "validation") -> str:
     return table("drpo", rows, split, first="sampler: region", extra=DIPS)
 
 
+def finalists() -> str:
+    return table("drpo", FINALISTS, first="mismatch: region", extra=DIPS)
+
+
 def draw_staleness(axis: Any) -> None:
     dots(axis, "drpo", STALENESS, "DRPO: 16 updates per rollout batch, accuracy on sums", "accuracy", "validation")
 
@@ -89,5 +102,5 @@ def picture(figure: Any) -> None:
     dots(right, "drpo", rows, "rollouts from a sampler of lower precision: accuracy", "accuracy", "validation")
 
 
-TABLES = {"staleness": regions_table, "precision": precision_table}
+TABLES = {"finalists": finalists, "staleness": regions_table, "precision": precision_table}
 PICTURES = {"drpo.png": picture}
