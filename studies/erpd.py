@@ -83,6 +83,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "256 prompts, `outcome_advantage_weight=1`": {**WIDE, "outcome_advantage_weight": 1.0},
     "256 prompts, `outcome_advantage_weight=0.5`: the default": BEST,
     "the default, `distillation_passes=6`": {**BEST, "distillation_passes": 6},
+    "the default, `distillation_passes=8`": {**BEST, "distillation_passes": 8},
     "the default, `extraction_passes=6`": {**BEST, "extraction_passes": 6},
     "the default, `extraction_loss='ce'`": {**BEST, "extraction_loss": "ce"},
     "the default, `extraction_loss='sapo'`": {**BEST, "extraction_loss": "sapo"},
