@@ -72,7 +72,8 @@ SMALL = [
 ]
 # One change of these settings each, and then of those that were best
 WIDE = {"prompts_per_round": 256, "num_generations": 8}
-BEST = {**WIDE, "outcome_advantage_weight": 0.5}
+MIXED = {**WIDE, "outcome_advantage_weight": 0.5}
+BEST = {**WIDE, "distillation_passes": 8}
 CHANGES: dict[str, dict[str, Any]] = {
     "128 prompts with 16 rollouts each": {},
     "`outcome_advantage_weight=0.5`": {"outcome_advantage_weight": 0.5},
@@ -81,9 +82,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "256 prompts with 8 rollouts each": WIDE,
     "512 prompts with 4 rollouts each": {"prompts_per_round": 512, "num_generations": 4},
     "256 prompts, `outcome_advantage_weight=1`": {**WIDE, "outcome_advantage_weight": 1.0},
-    "256 prompts, `outcome_advantage_weight=0.5`: the default": BEST,
-    "the default, `distillation_passes=6`": {**BEST, "distillation_passes": 6},
-    "the default, `distillation_passes=8`": {**BEST, "distillation_passes": 8},
+    "256 prompts, `outcome_advantage_weight=0.5`": MIXED,
+    "the same, `distillation_passes=6`": {**MIXED, "distillation_passes": 6},
+    "the same, `distillation_passes=8`": {**MIXED, "distillation_passes": 8},
+    "the same, `distillation_passes=12`": {**MIXED, "distillation_passes": 12},
+    "the default": BEST,
     "the default, `extraction_passes=6`": {**BEST, "extraction_passes": 6},
     "the default, `extraction_loss='ce'`": {**BEST, "extraction_loss": "ce"},
     "the default, `extraction_loss='sapo'`": {**BEST, "extraction_loss": "sapo"},
@@ -104,8 +107,10 @@ BY_RATE = {
 }
 FINALISTS = {
     "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, group="finalists"),
-    "ERPD, signal alone": run("erpd", {**CENTRE, **UNLEARNED, **WIDE}, group="finalists"),
-    "ERPD, signal alone, 128 prompts": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
+    "ERPD, `outcome_advantage_weight=0.5`": run(
+        "erpd", {**CENTRE, **UNLEARNED, **MIXED, "distillation_passes": 8}, group="finalists"
+    ),
+    "ERPD, 128 prompts, 4 passes": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, group="finalists"),
 }
 # From the same rollouts in one phase, and in eight
