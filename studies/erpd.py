@@ -86,6 +86,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "the same, `distillation_passes=6`": {**MIXED, "distillation_passes": 6},
     "the same, `distillation_passes=8`": {**MIXED, "distillation_passes": 8},
     "the same, `distillation_passes=12`": {**MIXED, "distillation_passes": 12},
+    "the same, `extraction_passes=6`": {**MIXED, "extraction_passes": 6},
     "the default": BEST,
     "the default, `extraction_passes=6`": {**BEST, "extraction_passes": 6},
     "the default, `extraction_loss='ce'`": {**BEST, "extraction_loss": "ce"},
