@@ -61,6 +61,10 @@ def policy_gradient(task: Task) -> dict[str, Any]:
     }
 
 
+def regularized(task: Task) -> dict[str, Any]:
+    return {**policy_gradient(task), "trust_region": "drpo"}
+
+
 def extraction(task: Task) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": 256,
@@ -143,7 +147,7 @@ def spent_by_fine_tuning(args: Any, updates: int) -> dict[str, int]:
 METHODS = {
     "grpo": Method(GRPOConfig, GRPOTrainer, policy_gradient, rewarded, spent_by_policy_gradient),
     "grpo_corrected": Method(GRPOConfig, CorrectedGRPO, policy_gradient, rewarded, spent_by_policy_gradient),
-    "drpo": Method(DRPOConfig, DRPOTrainer, policy_gradient, rewarded, spent_by_policy_gradient),
+    "drpo": Method(DRPOConfig, DRPOTrainer, regularized, rewarded, spent_by_policy_gradient),
     "rlad": Method(RLADConfig, RLADTrainer, policy_gradient, rewarded_and_taught, spent_by_policy_gradient),
     "erpd": Method(ERPDConfig, ERPDTrainer, extraction, with_held_out, spent_by_extraction),
     "tropd": Method(TrOPDConfig, TrOPDTrainer, distillation, taught, spent_by_distillation),
@@ -166,6 +170,8 @@ def make_trainer(
         **method.defaults(task),
         **{name: value for name, value in stage.settings.items() if name not in STUDY_SETTINGS},
     }
+    if settings.get("trust_region") == "drpo":
+        settings.setdefault("trust_region_radius", 0.15)  # of the runs that name none
     args = method.config(
         **settings,
         output_dir=output_dir,
