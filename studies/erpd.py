@@ -108,10 +108,6 @@ BY_RATE = {
 }
 FINALISTS = {
     "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, group="finalists"),
-    "ERPD, `outcome_advantage_weight=0.5`": run(
-        "erpd", {**CENTRE, **UNLEARNED, **MIXED, "distillation_passes": 8}, group="finalists"
-    ),
-    "ERPD, 128 prompts, 4 passes": run("erpd", {**CENTRE, **UNLEARNED}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, group="finalists"),
 }
 # From the same rollouts in one phase, and in eight
