@@ -43,8 +43,8 @@ from trl_ext import ERPDConfig, ERPDTrainer, TrainingDiagnosticsCallback
 # For the embedded task; flags and a config file override them. What they are based on: docs/erpd.md
 EMBEDDED_DEFAULTS = {
     "output_dir": "erpd_math_output",
-    "prompts_per_round": 128,
-    "num_generations": 16,
+    "prompts_per_round": 256,
+    "num_generations": 8,
     "extraction_learning_rate": 5e-5,
     "learning_rate": 3e-5,
     "lr_scheduler_type": "constant",

@@ -37,7 +37,7 @@ def tensors():
 @pytest.mark.parametrize(
     ("region", "settings", "loss", "keywords"),
     [
-        ("drpo", {}, drpo_loss, {"radius": 0.15}),
+        ("drpo", {}, drpo_loss, {"radius": 0.5}),
         ("drpo", {"trust_region_radius": 0.02}, drpo_loss, {"radius": 0.02}),
         ("spo", {}, spo_loss, {"radius": 0.2}),
         ("dppo_tv", {}, dppo_loss, {"radius": 0.15, "divergence": "tv"}),

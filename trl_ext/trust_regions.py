@@ -51,7 +51,7 @@ RATIO_CAP = {"dppo_ratio_cap": "ratio_cap"}
 PROBABILITY: dict[str, Any] = {"unit": "absolute probability", "largest_shift": 1.0}
 
 TRUST_REGIONS: dict[str, TrustRegion] = {
-    "drpo": TrustRegion(drpo_loss, "DRPO's smooth regularizer on the shift of the probability", 0.15, **PROBABILITY),
+    "drpo": TrustRegion(drpo_loss, "DRPO's smooth regularizer on the shift of the probability", 0.5, **PROBABILITY),
     "spo": TrustRegion(spo_loss, "SPO's smooth regularizer on the ratio", 0.2, unit="|ratio - 1|"),
     "dppo_tv": TrustRegion(
         partial(dppo_loss, divergence="tv"),

@@ -17,7 +17,7 @@ def test_a_plain_grpo_config_has_the_defaults(path, tmp_path):
     trainer = DRPOTrainer(path, tiny.digits_reward, args, tiny.prompts())
     assert isinstance(trainer.args, DRPOConfig)
     assert type(args) is GRPOConfig  # the user's own object stays what it is
-    assert (trainer.args.trust_region, trainer.trust_region_radius, trainer.args.temperature) == ("drpo", 0.15, 0.7)
+    assert (trainer.args.trust_region, trainer.trust_region_radius, trainer.args.temperature) == ("drpo", 0.5, 0.7)
     assert trainer.args.to_dict()["trust_region"] == "drpo"
     trainer.train()
 
@@ -28,7 +28,7 @@ def test_a_users_own_subclass_of_grpo_config(path, tmp_path):
 
     trainer = make_trainer(path, tmp_path, config_class=TheirConfig)
     assert isinstance(trainer.args, TheirConfig)
-    assert trainer.trust_region_radius == 0.15
+    assert trainer.trust_region_radius == 0.5
 
 
 def test_no_config_at_all_takes_trls_output_directory(path):
@@ -37,7 +37,7 @@ def test_no_config_at_all_takes_trls_output_directory(path):
 
 
 @pytest.mark.parametrize(
-    ("trust_region", "radius"), [("drpo", 0.15), ("spo", 0.2), ("dppo_tv", 0.15), ("dppo_kl", 0.05)]
+    ("trust_region", "radius"), [("drpo", 0.5), ("spo", 0.2), ("dppo_tv", 0.15), ("dppo_kl", 0.05)]
 )
 def test_default_radius(path, tmp_path, trust_region, radius):
     trainer = make_trainer(path, tmp_path, trust_region=trust_region)

@@ -115,7 +115,7 @@ def test_distillation_is_a_token_advantage_in_a_trust_region(halfway, trust_regi
     if trust_region == "ppo_clip":
         losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
     else:
-        losses = -(ratio * advantages - advantages.abs() / 0.3 * anchor.exp() * (ratio - 1) ** 2)
+        losses = -(ratio * advantages - advantages.abs() / (2 * 0.5) * anchor.exp() * (ratio - 1) ** 2)
     kl = (base - logps).exp() - (base - logps) - 1
     # dapo: every token of the set has the same weight, 4 updates per pass
     kl = kl * ratio  # `use_bias_correction_kl`, TRL's default

@@ -63,7 +63,7 @@ OWN = {
         ({"trust_region": None}, r"has the wrong type \(NoneType\): set it to a string"),
         ({"trust_region_radius": "0.1"}, r"has the wrong type \(str\): set it to a number or None"),
         ({"trust_region_radius": True}, r"has the wrong type \(bool\)"),
-        ({"trust_region_radius": 0}, "set a positive number, or None for drpo's default of 0.15"),
+        ({"trust_region_radius": 0}, "set a positive number, or None for drpo's default of 0.5"),
         ({"trust_region_radius": math.inf}, "must be positive and finite"),
         ({"trust_region": "ppo_clip", "trust_region_radius": 0.1}, "remove it and set epsilon"),
         ({"dppo_ratio_cap": 2.0}, "set trust_region to 'dppo_tv' or 'dppo_kl'"),

@@ -20,7 +20,7 @@ class DRPOConfig(GRPOConfig):
             binary total variation or binary KL. `"ppo_clip"`: GRPO's own clip (`epsilon`, `epsilon_high`, `delta`).
         trust_region_radius (`float`, *optional*):
             Radius of the region: in absolute probability for `"drpo"` and `"dppo_tv"`, in |ratio - 1| for `"spo"`, in
-            nats for `"dppo_kl"`. `None` takes the region's default: 0.15, 0.15, 0.2 and 0.05. With the 12.5 of the
+            nats for `"dppo_kl"`. `None` takes the region's default: 0.5, 0.15, 0.2 and 0.05. With the 12.5 of the
             DRPO paper the region never binds, because a probability cannot shift by more than 1.
         dppo_ratio_cap (`float`, *optional*):
             Upper bound of the ratio as a weight of the gradient, for `"dppo_tv"` and `"dppo_kl"`. The authors' code

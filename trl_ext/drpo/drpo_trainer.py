@@ -48,7 +48,7 @@ class DRPOTrainer(PolicyLossTrainer):
     >>> trainer = DRPOTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     reward_funcs=accuracy_reward,
-    ...     args=DRPOConfig(num_iterations=4, trust_region_radius=0.15),
+    ...     args=DRPOConfig(num_iterations=4, trust_region_radius=0.5),
     ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )
     >>> trainer.train()

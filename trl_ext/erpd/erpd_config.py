@@ -49,7 +49,7 @@ class ERPDConfig(GRPOConfig):
             1), `"scale"` (to standard deviation 1 only) or `"none"`.
         signal_clip (`float`, *optional*, defaults to `2.0`):
             Bound of the normalized signal. `None`: no bound.
-        distillation_passes (`int`, *optional*, defaults to `4`):
+        distillation_passes (`int`, *optional*, defaults to `8`):
             Passes over the set in stage 2.
         distillation_epsilon (`float`, *optional*, defaults to `0.3`):
             Clip range of stage 2 below ratio 1, with `trust_region="ppo_clip"`. `None`: `epsilon`, as in GRPO.
@@ -63,8 +63,8 @@ class ERPDConfig(GRPOConfig):
             [`DRPOConfig`]'s `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
         trust_region_radius (`float`, *optional*):
             For all regions but `"ppo_clip"`, in the region's own unit. `None`: the default in [`DRPOConfig`].
-        outcome_advantage_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of GRPO's outcome advantage, which is added to the signal in stage 2.
+        outcome_advantage_weight (`float`, *optional*, defaults to `0.5`):
+            Weight of GRPO's outcome advantage, which is added to the signal in stage 2. 0: the signal alone.
         keep_teachers (`bool`, *optional*, defaults to `False`):
             Whether the policies of stage 1 are saved, to `output_dir/round-1/teacher_ce` and so on.
     """
@@ -122,7 +122,7 @@ class ERPDConfig(GRPOConfig):
     signal_clip: float | None = field(
         default=2.0, metadata={"help": "Bound of the normalized signal. None: no bound."}
     )
-    distillation_passes: int = field(default=4, metadata={"help": "Passes over the set in stage 2."})
+    distillation_passes: int = field(default=8, metadata={"help": "Passes over the set in stage 2."})
     distillation_epsilon: float | None = field(
         default=0.3,
         metadata={"help": "Clip range of stage 2 below ratio 1, with trust_region='ppo_clip'. None: epsilon."},
@@ -152,7 +152,7 @@ class ERPDConfig(GRPOConfig):
         metadata={"help": "Radius of stage 2's trust region, in the region's own unit. None: the region's default."},
     )
     outcome_advantage_weight: float = field(
-        default=0.0, metadata={"help": "Weight of GRPO's outcome advantage, which is added to the signal in stage 2."}
+        default=0.5, metadata={"help": "Weight of GRPO's outcome advantage, which is added to the signal in stage 2."}
     )
     keep_teachers: bool = field(default=False, metadata={"help": "Whether the policies of stage 1 are saved."})
 

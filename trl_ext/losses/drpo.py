@@ -32,7 +32,7 @@ def drpo_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    radius: float = 0.15,
+    radius: float = 0.5,
 ) -> TokenLoss:
     r"""
     Divergence Regularized Policy Optimization, Eq. 8 of [arXiv 2606.09821](https://huggingface.co/papers/2606.09821):
@@ -44,9 +44,9 @@ def drpo_loss(
     \\( |\pi - \mu| = \delta \\) and is pulled back beyond; a move back toward \\( \mu \\) gets more than 1.
 
     Args:
-        radius (`float`, defaults to `0.15`):
+        radius (`float`, defaults to `0.5`):
             \\( \delta \\), the radius of the trust region in absolute probability. The paper's setting of 12.5 never
-            binds, because \\( |\pi - \mu| \le 1 \\); the default is DPPO's radius for the same region.
+            binds, because \\( |\pi - \mu| \le 1 \\); docs/drpo.md has what the default is based on.
     """
     policy = policy_ratio(logps, behaviour_logps, mask)
     shift = policy.probability - policy.behaviour_probability
