@@ -73,7 +73,7 @@ SMALL = [
 # One change of these settings each, and then of those that were best
 WIDE = {"prompts_per_round": 256, "num_generations": 8}
 MIXED = {**WIDE, "outcome_advantage_weight": 0.5}
-BEST = {**MIXED, "distillation_passes": 8}
+BEST = {**MIXED, "extraction_passes": 6, "distillation_passes": 8}
 CHANGES: dict[str, dict[str, Any]] = {
     "128 prompts with 16 rollouts each": {},
     "`outcome_advantage_weight=0.5`": {"outcome_advantage_weight": 0.5},
@@ -84,7 +84,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "256 prompts, `outcome_advantage_weight=1`": {**WIDE, "outcome_advantage_weight": 1.0},
     "256 prompts, `outcome_advantage_weight=0.5`": MIXED,
     "the same, `distillation_passes=6`": {**MIXED, "distillation_passes": 6},
-    "the same, `distillation_passes=8`: the default": BEST,
+    "the same, `distillation_passes=8`": {**MIXED, "distillation_passes": 8},
     "the same, `distillation_passes=12`": {**MIXED, "distillation_passes": 12},
     "256 prompts, `outcome_advantage_weight=0.5`, `extraction_passes=6`": {**MIXED, "extraction_passes": 6},
     "256 prompts, `distillation_passes=8`": {**WIDE, "distillation_passes": 8},
@@ -93,6 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "distillation_passes": 8,
         "extraction_passes": 6,
     },
+    "the default: `extraction_passes=6`, `distillation_passes=8`": BEST,
     "the default, `extraction_loss='ce'`": {**BEST, "extraction_loss": "ce"},
     "the default, `extraction_loss='sapo'`": {**BEST, "extraction_loss": "sapo"},
     "the default, 2 rounds of 1,024 rollouts": {**BEST, "rounds": 2, "prompts_per_round": 128},
@@ -112,10 +113,6 @@ BY_RATE = {
 }
 FINALISTS = {
     "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, group="finalists"),
-    # Of the search, over a second seed
-    "ERPD, signal alone": run("erpd", {**CENTRE, **UNLEARNED, **WIDE, "distillation_passes": 8}, group="finalists"),
-    "ERPD, 6 and 4 passes": run("erpd", {**CENTRE, **UNLEARNED, **MIXED, "extraction_passes": 6}, group="finalists"),
-    "ERPD, 6 and 8 passes": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "extraction_passes": 6}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, group="finalists"),
 }
 # From the same rollouts in one phase, and in eight

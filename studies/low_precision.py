@@ -31,8 +31,8 @@ SAMPLERS = {"bfloat16": to_bfloat16, **{f"{bits} bits": to_bits(bits) for bits i
 class LowPrecisionSampler:
     """
     A `rollout_func`: samples from a copy of the policy in which the weights and inputs of all linear layers, including
-    the LM head, are rounded; `logprobs` are those of the copy, from which the tokens were really drawn, or `None` for a
-    name with the suffix `UNSCORED`.
+    the LM head, are rounded; `logprobs` are those of the copy, from which the tokens were really drawn, or `None`
+    for a name with the suffix `UNSCORED`.
     """
 
     def __init__(self, name: str):

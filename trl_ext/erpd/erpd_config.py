@@ -26,7 +26,7 @@ class ERPDConfig(GRPOConfig):
             rounded down to whole batches.
         extraction_loss (`str` or `list[str]`, *optional*, defaults to `"mse"`):
             Objective of stage 1: `"sapo"`, `"ce"` or `"mse"`. A list trains one teacher for each.
-        extraction_passes (`int`, *optional*, defaults to `4`):
+        extraction_passes (`int`, *optional*, defaults to `6`):
             Passes over the set in stage 1, for each policy that is trained there.
         extraction_learning_rate (`float`, *optional*):
             Learning rate of stage 1. `None`: `learning_rate`.
@@ -83,7 +83,7 @@ class ERPDConfig(GRPOConfig):
         metadata={"help": "Stage 1's objective: 'sapo', 'ce' or 'mse'. A list trains one teacher for each."},
     )
     extraction_passes: int = field(
-        default=4, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
+        default=6, metadata={"help": "Passes over the set in stage 1, for each policy trained there."}
     )
     extraction_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of stage 1. None: learning_rate, which is stage 2's."}
