@@ -83,7 +83,8 @@ def test_distillation_takes_its_trust_regions_settings(path, tmp_path, given, ex
     logps, behaviour, base, signal, advantages, mask = random_tensors()
     inputs = {"base_logps": base, "signal": signal}
     ours = at_step(trainer, 1).policy_loss(logps, behaviour, advantages, mask, inputs).loss
-    assert torch.equal(ours, expected(logps, behaviour, signal, mask).loss)
+    signal_and_outcome = signal + 0.5 * advantages  # the default of `outcome_advantage_weight`
+    assert torch.equal(ours, expected(logps, behaviour, signal_and_outcome, mask).loss)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
