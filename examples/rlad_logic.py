@@ -52,7 +52,7 @@ EMBEDDED_DEFAULTS = {
 }
 # What each method changes, and the settings that its line in the report shows
 METHODS: dict[str, dict[str, Any]] = {"grpo": {}, "kdrl": {"distillation": "kdrl"}, "rlad": {"distillation": "trrd"}}
-SHOWN = {"grpo": (), "kdrl": ("kdrl_coef",), "rlad": ("teacher_mixture_alpha", "teacher_log_ratio_clip")}
+SHOWN = {"grpo": (), "kdrl": ("kdrl_coef",), "rlad": ("teacher_mixture_alpha", "teacher_mixture_alpha_end")}
 PANELS = (
     Panel("reward, mean of the rollouts", {"reward": "reward"}),
     Panel("log pi_student - log pi_teacher, nats per token", {"teacher/log_ratio": "mean"}),

@@ -65,6 +65,11 @@ def regularized(task: Task) -> dict[str, Any]:
     return {**policy_gradient(task), "trust_region": "drpo"}
 
 
+def policy_gradient_with_teacher(task: Task) -> dict[str, Any]:
+    """Of a constant alpha, unless a run has another end: whatever the trainer's default is."""
+    return {**policy_gradient(task), "teacher_mixture_alpha_end": None}
+
+
 def extraction(task: Task) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": 256,
@@ -148,7 +153,9 @@ METHODS = {
     "grpo": Method(GRPOConfig, GRPOTrainer, policy_gradient, rewarded, spent_by_policy_gradient),
     "grpo_corrected": Method(GRPOConfig, CorrectedGRPO, policy_gradient, rewarded, spent_by_policy_gradient),
     "drpo": Method(DRPOConfig, DRPOTrainer, regularized, rewarded, spent_by_policy_gradient),
-    "rlad": Method(RLADConfig, RLADTrainer, policy_gradient, rewarded_and_taught, spent_by_policy_gradient),
+    "rlad": Method(
+        RLADConfig, RLADTrainer, policy_gradient_with_teacher, rewarded_and_taught, spent_by_policy_gradient
+    ),
     "erpd": Method(ERPDConfig, ERPDTrainer, extraction, with_held_out, spent_by_extraction),
     "tropd": Method(TrOPDConfig, TrOPDTrainer, distillation, taught, spent_by_distillation),
     "gkd": Method(GKDConfig, SampledGKD, distillation, taught, spent_by_distillation),

@@ -131,7 +131,8 @@ def test_a_learning_rate_that_is_too_high(path, tmp_path, caplog):
 
 def test_a_teacher_that_vetoes(path, tmp_path, caplog):
     diagnostics = TrainingDiagnosticsCallback(window=1, max_cut_share=None, max_veto_share=0.3)
-    args = RLADConfig(**tiny.grpo_settings(tmp_path, teacher_mixture_alpha=0.0, epsilon=0.01, max_steps=2))
+    settings = {"teacher_mixture_alpha": 0.0, "teacher_mixture_alpha_end": None, "epsilon": 0.01, "max_steps": 2}
+    args = RLADConfig(**tiny.grpo_settings(tmp_path, **settings))
     teacher = tiny.save_policy(tmp_path / "teacher", seed=1)
     trainer = RLADTrainer(
         path, tiny.digits_reward, args, tiny.prompts(), teacher_model=teacher, callbacks=[diagnostics]

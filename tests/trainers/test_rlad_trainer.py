@@ -117,12 +117,14 @@ def test_reward_guided_masking(path, teacher_path, tmp_path, mask):
 def test_a_plain_grpo_config_has_the_defaults(path, teacher_path, tmp_path):
     trainer = make_trainer(path, tmp_path, teacher_path, config_class=GRPOConfig)
     assert isinstance(trainer.args, RLADConfig)
-    assert (trainer.args.teacher_mixture_alpha, trainer.args.teacher_log_ratio_clip) == (0.5, 1.0)
+    assert (trainer.args.teacher_mixture_alpha, trainer.args.teacher_mixture_alpha_end) == (0.5, 1.0)
+    assert trainer.args.teacher_log_ratio_clip == 1.0
     trainer.train()
 
 
 TEACHER_METRICS = {"teacher/log_ratio", "teacher/log_ratio_abs"}
-TRRD_METRICS = TEACHER_METRICS | {"teacher/veto_positive", "teacher/veto_negative", "teacher/clamped"}
+VETOES = {"teacher/veto_positive", "teacher/veto_negative"}
+TRRD_METRICS = TEACHER_METRICS | VETOES | {"teacher/clamped", "teacher/mixture_alpha"}
 KDRL_METRICS = TEACHER_METRICS | {"teacher/penalty", "kdrl/coef"}
 REGION_METRICS = {f"outside_region/{sign}" for sign in ("positive", "negative")} | {"regularizer"}
 
@@ -131,6 +133,7 @@ REGION_METRICS = {f"outside_region/{sign}" for sign in ("positive", "negative")}
     ("settings", "expected"),
     [
         ({}, TRRD_METRICS | {"policy_drift", "policy_drift_abs"}),
+        ({"teacher_mixture_alpha_end": 0.5, "num_iterations": 1}, TRRD_METRICS - {"teacher/mixture_alpha"}),
         ({"num_iterations": 1}, TRRD_METRICS),
         ({"teacher_log_ratio_clip": None, "num_iterations": 1}, TRRD_METRICS - {"teacher/clamped"}),
         ({"distillation": "kdrl", "num_iterations": 1}, KDRL_METRICS),
@@ -138,7 +141,7 @@ REGION_METRICS = {f"outside_region/{sign}" for sign in ("positive", "negative")}
         ({"distillation": "trrd_and_kdrl", "num_iterations": 1}, TRRD_METRICS | KDRL_METRICS),
         (
             {"trust_region": "drpo", "num_iterations": 1},
-            TEACHER_METRICS | REGION_METRICS | {"teacher/clamped"},
+            TEACHER_METRICS | REGION_METRICS | {"teacher/clamped", "teacher/mixture_alpha"},
         ),
     ],
 )

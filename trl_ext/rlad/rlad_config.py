@@ -50,8 +50,9 @@ class RLADConfig(TeacherSettings, GRPOConfig):
         teacher_mixture_alpha (`float`, *optional*, defaults to `0.5`):
             With `"trrd"`: the old student's exponent in the mixture of old student and teacher. 1 is GRPO, 0 is
             anchored to the teacher alone.
-        teacher_mixture_alpha_end (`float`, *optional*):
-            With `"trrd"`: what `teacher_mixture_alpha` becomes, linearly, by the last step. `None`: it is constant.
+        teacher_mixture_alpha_end (`float`, *optional*, defaults to `1.0`):
+            With `"trrd"`: what `teacher_mixture_alpha` becomes, linearly, by the last step. `None`, or the value of
+            `teacher_mixture_alpha`: it is constant, as in the paper.
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             With `"trrd"`: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
         kdrl_coef (`float`, *optional*, defaults to `2e-3`):
@@ -93,8 +94,11 @@ class RLADConfig(TeacherSettings, GRPOConfig):
         metadata={"help": "With 'trrd': exponent of the old student in its mixture with the teacher; 1 is GRPO."},
     )
     teacher_mixture_alpha_end: float | None = field(
-        default=None,
-        metadata={"help": "With 'trrd': what teacher_mixture_alpha becomes, linearly, by the last step."},
+        default=1.0,
+        metadata={
+            "help": "With 'trrd': what teacher_mixture_alpha becomes, linearly, by the last step. In the paper it is "
+            "constant: set this to the value of teacher_mixture_alpha."
+        },
     )
     teacher_log_ratio_clip: float | None = field(
         default=1.0,

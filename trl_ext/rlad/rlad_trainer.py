@@ -123,7 +123,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
                 log_ratio_clip=args.teacher_log_ratio_clip,
                 region=region,
             )
-            if args.teacher_mixture_alpha_end is not None:
+            if args.teacher_mixture_alpha_end not in (None, args.teacher_mixture_alpha):
                 token_loss.metrics["teacher/mixture_alpha"] = torch.full((len(mask),), alpha, device=mask.device)
             constant: tuple[str, ...] = ("policy_drift",) if on_policy else ()
         else:
