@@ -28,7 +28,7 @@ CORRECTED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # Around the trainer's old log-probabilities, the sampler's left out: vllm_importance_sampling_correction=False
-OWN = "DRPO, 0.15, old log-probabilities of the trainer"
+OWN = "DRPO, 0.15, own log-probs"
 
 
 def stale(name: str, updates: int, learning_rate: float = 1e-4, **others: Any) -> Run:
@@ -99,7 +99,7 @@ def picture(figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     draw_staleness(left)
     rows = {f"{name}, {sampler}": run for sampler, runs in PRECISION.items() for name, run in runs.items()}
-    dots(right, "drpo", rows, "rollouts from a sampler of lower precision: accuracy", "accuracy", "validation")
+    dots(right, "drpo", rows, "a sampler of lower precision: accuracy", "accuracy", "validation")
 
 
 TABLES = {"finalists": finalists, "staleness": regions_table, "precision": precision_table}

@@ -123,6 +123,9 @@ BESIDE = {
     for phases, passes in ((8, 2), (1, 8))
     for method in ("drpo", "grpo")
 }
+BESIDE["GRPO, 24 phases"] = run(
+    "grpo", {**BESIDE["GRPO, 8 phases"].stages[0].settings, "max_steps": 192}, group="finalists"
+)  # as many rollouts as ERPD's three rounds
 BASE = {"base policy": run("grpo", {"max_steps": 0}, group="finalists")}
 ROWS = {**FINALISTS, **BESIDE}
 RUNS = [
@@ -232,18 +235,19 @@ def draw_search(axis: Any) -> None:
             markersize=4,
             label=f"{method.upper()}, {', '.join(map(str, PHASES))} phases",
         )
-    for index, searched in enumerate((*SEARCH, *SMALL, *CHANGED.values())):
+    default = CHANGED["the default: `extraction_passes=6`, `distillation_passes=8`"]
+    for searched in (*SEARCH, *SMALL, *CHANGED.values()):
         if found := summary("erpd", searched, "validation"):
             point = found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation")
             axis.plot(
                 *point,
                 "o",
                 color="C0",
-                markersize=9 if index == 0 else 4,
-                label="ERPD; large: the default" if index == 0 else None,
+                markersize=9 if searched is default else 4,
+                label="ERPD as it is by default" if searched is default else None,
             )
     axis.set(xlabel="KL to base, nats per sequence", xlim=(0, 1.6), ylim=(0.55, None))
-    axis.set_title("validation problems, one seed: the search", fontsize=9)
+    axis.set_title("the search, on the validation problems", fontsize=9)
     axis.legend(fontsize=7, loc="lower right")
     axis.grid(alpha=0.3)
 
