@@ -155,7 +155,7 @@ class TrainingDiagnosticsCallback(TrainerCallback):
     Args:
         min_entropy_share (`float`, *optional*, defaults to `0.1`):
             Lower bound of the policy's entropy, as a share of its first value.
-        max_fresh_log_ratio (`float`, *optional*, defaults to `0.1`):
+        max_fresh_log_ratio (`float`, *optional*, defaults to `0.04`):
             Bound of the mean \\( |\log \pi - \log \mu| \\), in nats per token, on rollouts that no update has followed
             yet. It is known where the sampler gives log-probabilities (vLLM, `rollout_func`, stored rollouts with
             `logprobs`).
@@ -182,7 +182,7 @@ class TrainingDiagnosticsCallback(TrainerCallback):
     """
 
     min_entropy_share: float | None = 0.1
-    max_fresh_log_ratio: float | None = 0.1
+    max_fresh_log_ratio: float | None = 0.04
     max_outside_share: float | None = 0.3
     max_veto_share: float | None = 0.5
     max_groups_without_signal: float | None = 0.8
