@@ -27,7 +27,7 @@ COMPLETIONS_PER_UPDATE = {
     "rlad_qwen3_0.6b_knights_and_knaves": 256,
     "rlad_qwen3_1.7b_math": 256,
     "tropd_qwen3_1.7b": 512,
-    "erpd_polaris": 640,
+    "erpd_polaris": 128,
 }
 GPUS = 8
 

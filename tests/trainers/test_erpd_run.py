@@ -58,7 +58,7 @@ def test_a_plain_grpo_config(path, tmp_path):
     trainer = ERPDTrainer(path, right_or_wrong, args, tiny.prompts(4))
     assert trainer._host.prompts_per_round == 4
     trainer.train()
-    assert trainer.state.global_step == (4 + 4 + 4) * 2  # teacher, unlearned reference, distilled policy
+    assert trainer.state.global_step == (6 + 6 + 8) * 2  # teacher, unlearned reference, distilled policy
 
 
 def test_settings_on_the_command_line():
