@@ -224,17 +224,14 @@ def draw_frontier(axis: Any) -> None:
 def draw_search(axis: Any) -> None:
     """The same on the validation problems: what was looked at, and GRPO and DRPO by sampling phases."""
     for method, colour in (("drpo", "C2"), ("grpo", "0.4")):
-        runs = [summary("erpd", POLICY_GRADIENT[method, number], "validation") for number in PHASES]
-        points = [
-            (found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation")) for found in runs if found
-        ]
-        axis.plot(
-            *zip(*points, strict=True),
-            "s-",
-            color=colour,
-            markersize=4,
-            label=f"{method.upper()}, {', '.join(map(str, PHASES))} phases",
-        )
+        runs = {number: summary("erpd", POLICY_GRADIENT[method, number], "validation") for number in PHASES}
+        points = {
+            number: (found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation"))
+            for number, found in runs.items()
+            if found
+        }
+        name = f"{method.upper()}, {', '.join(map(str, points))} phases"
+        axis.plot(*zip(*points.values(), strict=True), "s-", color=colour, markersize=4, label=name)
     default = CHANGED["the default: `extraction_passes=6`, `distillation_passes=8`"]
     for searched in (*SEARCH, *SMALL, *CHANGED.values()):
         if found := summary("erpd", searched, "validation"):
