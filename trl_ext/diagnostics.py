@@ -205,14 +205,15 @@ class TrainingDiagnosticsCallback(TrainerCallback):
         """The checks that have failed, each with the update at which it was said."""
         return {check.name: course.found_at for check, course in self.courses.items() if course.found_at is not None}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.courses.clear()
+        self._phase = None
+        for logs in state.log_history:  # of a run that is resumed: what it has warned of, it does not warn of again
+            self._observe(logs, logs["step"], warns=False)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = {} if logs is None else logs
-        phase = logs.get("round"), logs.get("stage")
-        if phase != self._phase:  # of ERPD, which then trains another policy
-            self._phase = phase
-            for course in self.courses.values():
-                course.recent.clear()
-        seen = [check for check in CHECKS if self._observe(check, logs, state.global_step)]
+        seen = self._observe(logs, state.global_step)
         if not seen:
             return
         metrics = {f"diagnostics/{check.name}": self.courses[check].last for check in seen}
@@ -243,7 +244,16 @@ class TrainingDiagnosticsCallback(TrainerCallback):
             )
         return "\n".join(lines)
 
-    def _observe(self, check: Check, logs: dict[str, Any], step: int) -> bool:
+    def _observe(self, logs: dict[str, Any], step: int, warns: bool = True) -> list[Check]:
+        """The checks whose values are in `logs`."""
+        phase = logs.get("round"), logs.get("stage")
+        if phase != self._phase:  # of ERPD, which then trains another policy
+            self._phase = phase
+            for course in self.courses.values():
+                course.recent.clear()
+        return [check for check in CHECKS if self._apply(check, logs, step, warns)]
+
+    def _apply(self, check: Check, logs: dict[str, Any], step: int, warns: bool) -> bool:
         """Takes a check's value from `logs`, where it is logged, and warns once where the check fails."""
         parts = [logs[name] for name in check.metrics if _is_number(logs.get(name))]
         if not parts:
@@ -261,9 +271,12 @@ class TrainingDiagnosticsCallback(TrainerCallback):
         course.judged |= enough
         if fails and enough and course.found_at is None:
             course.found_at = step
-            remedy = check.extraction_remedy if logs.get("stage") == 1 and check.extraction_remedy else check.remedy
-            sentence = check.sentence.format(value=mean, start=course.start)
-            logger.warning(f"Step {step}: {sentence}. {remedy[0].upper()}{remedy[1:]} ({check.threshold}={bound:g}).")
+            if warns:
+                extracts = logs.get("stage") == 1 and check.extraction_remedy is not None
+                remedy = check.extraction_remedy if extracts else check.remedy
+                sentence = check.sentence.format(value=mean, start=course.start)
+                remedy = f"{remedy[0].upper()}{remedy[1:]} ({check.threshold}={bound:g})"
+                logger.warning(f"Step {step}: {sentence}. {remedy}.")
         return True
 
 

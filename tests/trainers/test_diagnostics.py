@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tiny_erpd
 import tropd_runs
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext import (
@@ -169,6 +170,11 @@ def test_a_fixed_set_without_signal_is_noticed_at_once(path, tmp_path, caplog):
 # ---- of the callback alone
 
 
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_state():
+    PartialState()  # without which accelerate's loggers refuse to log
+
+
 def logged(diagnostics, *logs):
     state = TrainerState(max_steps=len(logs))
     for step, log in enumerate(logs, start=1):
@@ -227,3 +233,21 @@ def test_a_check_with_too_few_values_is_not_called_ok():
     for verdict in ("not judged: fewer than 2 logs", "FAILED at step 0"):
         diagnostics.on_log(None, state, TrainerControl(), logs={"frac_reward_zero_std": 1.0})
         assert diagnostics.summary().splitlines()[1].endswith(verdict)
+
+
+def test_a_resumed_run_knows_what_was_logged_before(caplog):
+    """The entropy at the start, the values in the window, and what it has warned of."""
+    diagnostics = TrainingDiagnosticsCallback(window=2, verbose=False)
+    before = [{"entropy": 2.0, "completions/clipped_ratio": 1.0}, {"entropy": 1.8, "completions/clipped_ratio": 1.0}]
+    history = [{**log, "step": step} for step, log in enumerate([*before, {"entropy": 0.1}], start=1)]
+    state = TrainerState(max_steps=5, global_step=3, log_history=history)
+    diagnostics.on_train_begin(None, state, TrainerControl())
+    assert diagnostics.findings == {"cut_share": 2}
+    assert warnings_of(caplog) == []
+    state.global_step = 4
+    diagnostics.on_log(None, state, TrainerControl(), logs={"entropy": 0.1, "completions/clipped_ratio": 1.0})
+    assert diagnostics.findings == {"cut_share": 2, "entropy_share": 4}  # 0.05 on average
+    (said,) = warnings_of(caplog)
+    assert "Step 4: The entropy has collapsed to 5%" in said
+    diagnostics.on_train_begin(None, TrainerState(), TrainerControl())  # another run
+    assert diagnostics.findings == {}
