@@ -127,24 +127,26 @@ RUNS = [
 ]
 
 
-def accuracy(run: Run, split: str) -> str:
-    """Of the one seed that `run` names."""
-    found = tables.summary("rlad", run, split)
-    values = [r[split]["accuracy"] for r in found.results if r["run"]["seed"] == run.seed] if found else []
-    return f"{values[0]:.3f}" if values else ""
-
-
 def searched() -> str:
     """Accuracy of each variant on the validation problems of both tasks, one seed."""
     variants = {**VARIANTS, **ON_SUMS_ALONE, **REMOVED}
-    lines = [[name, *(accuracy(wide(variants, task)[name], "validation") for task in TASKS)] for name in variants]
+    lines = [
+        [name, *(tables.of_one_seed("rlad", wide(variants, task)[name], "validation") for task in TASKS)]
+        for name in variants
+    ]
     return tables.markdown_table(["method", *TASKS], lines)
 
 
 def searched_rates() -> str:
     columns = [(task, value) for task, values in RATES.items() for value in values]
     lines = [
-        [name, *(accuracy(at_rate(name, value, task=task, seed=42), "validation") for task, value in columns)]
+        [
+            name,
+            *(
+                tables.of_one_seed("rlad", at_rate(name, value, task=task, seed=42), "validation")
+                for task, value in columns
+            ),
+        ]
         for name in FINALISTS
     ]
     return tables.markdown_table(["method", *(f"{task}, {value:.1e}" for task, value in columns)], lines)
@@ -155,7 +157,10 @@ def by_teacher() -> str:
     lines = [
         [
             name,
-            *(accuracy(rl(*VARIANTS[name], task=task, teacher=teacher, seed=43), "test") for task, teacher in columns),
+            *(
+                tables.of_one_seed("rlad", rl(*VARIANTS[name], task=task, teacher=teacher, seed=43), "test")
+                for task, teacher in columns
+            ),
         ]
         for name in FINALISTS
     ]

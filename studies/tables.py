@@ -86,6 +86,13 @@ def summary(study: str, run: Run, split: str = "test", folder: Path = RESULTS) -
     return Summary(results) if results else None
 
 
+def of_one_seed(study: str, run: Run, split: str, measure: str = "accuracy") -> str:
+    """As text: the result of just this run, or nothing."""
+    found = summary(study, run, split)
+    values = [r[split][measure] for r in found.results if r["run"]["seed"] == run.seed] if found else []
+    return f"{values[0]:.3f}" if values else ""
+
+
 COLUMNS = {
     "accuracy": ("accuracy, sampled", 3),
     "accuracy_greedy": ("greedy", 3),
