@@ -272,8 +272,7 @@ class TrainingDiagnosticsCallback(TrainerCallback):
         if fails and enough and course.found_at is None:
             course.found_at = step
             if warns:
-                extracts = logs.get("stage") == 1 and check.extraction_remedy is not None
-                remedy = check.extraction_remedy if extracts else check.remedy
+                remedy = (check.extraction_remedy if logs.get("stage") == 1 else None) or check.remedy
                 sentence = check.sentence.format(value=mean, start=course.start)
                 remedy = f"{remedy[0].upper()}{remedy[1:]} ({check.threshold}={bound:g})"
                 logger.warning(f"Step {step}: {sentence}. {remedy}.")
