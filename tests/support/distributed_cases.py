@@ -104,14 +104,14 @@ CASES = {
     "drpo-unscored": Case("drpo", ("ddp",), fault="unscored"),
     "drpo-lost-rollouts": Case("drpo", ("ddp",), resumes=3, fault="lost_rollouts"),
     "rlad": Case("rlad", resumes=3, release_layouts=MORE),
-    "rlad-lora": Case("rlad", SHARDED, lora="lora", resumes=3),
+    "rlad-lora": Case("rlad", ("fsdp2",), lora="lora", resumes=3, release_layouts=("zero2", "zero3")),
     "rlad-adapter-teacher": Case(
         "rlad", ("ddp", "zero3", "fsdp2"), adapter_teacher="beside", release_layouts=("zero2",)
     ),
     "rlad-adapter-folder": Case("rlad", ("fsdp1",), adapter_teacher="folder"),
     "tropd": Case("tropd", resumes=2, release_layouts=MORE),
     "tropd-accumulation": Case("tropd", ("ddp", "fsdp2"), accumulation=4, release_layouts=("zero2",)),
-    "tropd-lora": Case("tropd", SHARDED, lora="lora", resumes=2),
+    "tropd-lora": Case("tropd", ("zero3", "fsdp2"), lora="lora", resumes=2, release_layouts=("zero2",)),
     "tropd-head": Case("tropd", ("fsdp2",), lora="head"),
     "tropd-adapter-teacher": Case(
         "tropd", ("ddp", "zero3", "fsdp2"), adapter_teacher="beside", release_layouts=("zero2",)
@@ -124,7 +124,7 @@ CASES = {
     "erpd-boundary": Case("erpd", ("ddp", "fsdp2"), {"rounds": 1}, resumes=4),  # before the base policy is restored
     "erpd-sapo": Case("erpd", ("ddp",), {"extraction_loss": "sapo", "rounds": 1}),
     "erpd-mse": Case("erpd", (), {"extraction_loss": "mse", "rounds": 1}, release_layouts=("ddp",)),
-    "erpd-lora": Case("erpd", SHARDED, lora="lora", resumes=6),
+    "erpd-lora": Case("erpd", ("zero3", "fsdp2"), lora="lora", resumes=6, release_layouts=("zero2",)),
     "erpd-generates": Case(
         "erpd",
         ("zero3", "fsdp2_shards"),
