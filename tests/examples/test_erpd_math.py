@@ -14,7 +14,7 @@ from embedded.arithmetic import compare_with_base, split_problems
 
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ERPD_QUICK = ["--prompts_per_round", 8, "--extraction_passes", 2, "--distillation_passes", 2, "--logging_steps", 1]
-ERPD_QUICK += ["--per_device_train_batch_size", 64]
+ERPD_QUICK += ["--num_generations", 16, "--per_device_train_batch_size", 64]
 
 
 def test_erpd_math_embedded(tmp_path, launch):
