@@ -18,7 +18,7 @@ def picture(figure: Any) -> None:
     axes = figure.subplots(2, 2).ravel()
     for axis, drawing in zip(axes, drawings, strict=False):
         drawing(axis)
-        axis.title.set_fontsize(8)
+        axis.title.set_fontsize(7)
     for axis in axes[len(drawings) :]:
         axis.remove()
 
