@@ -92,7 +92,7 @@ def finalists() -> str:
 
 
 def draw_staleness(axis: Any) -> None:
-    dots(axis, "drpo", STALENESS, "DRPO: 16 updates per rollout batch, accuracy on sums", "accuracy", "validation")
+    dots(axis, "drpo", STALENESS, "DRPO: 16 updates per batch, accuracy", "accuracy", "validation")
 
 
 def picture(figure: Any) -> None:
