@@ -114,11 +114,10 @@ def _as_problems(
         if question == "conversations":
             asked = next(turn["value"] for turn in asked if turn["from"] in ("human", "user"))
         problem = {"prompt": as_prompt(asked, question == "prompt", conversational)}
-        if (
-            with_answers and answer is not None
-        ):  # not named `answer`: `map` would cast it back to the type of that column
+        if with_answers and answer is not None:
+            # Not named `answer`: `map` would cast it back to the type of that column
             problem["gold"] = gold_answer(row[answer])
-        if with_hints:
+        if with_hints and hint is not None:
             problem["privileged_context"] = f"A correct solution, for reference:\n{row[hint]}"
             problem["teacher_prompt"] = hinted_prompt(problem["prompt"], problem["privileged_context"])
         return problem
