@@ -117,7 +117,7 @@ VERSIONS_HEAD = """\
 
 The lowest versions that `pyproject.toml` allows and the newest there are, by
 [`scripts/test_versions.py`](../scripts/test_versions.py). torch is the exception: it was 2.13.0 in every run, the one
-CPU build that was at hand. The bound of 2.6 is that of FSDP2 in TRL, and no older version than 2.13.0 was tried. The
+CPU build that could be had. The bound of 2.6 is that of FSDP2 in TRL, and no older version than 2.13.0 was tried. The
 column of tests says how many passed; the rest of the suite has not been run with these versions. One failed, with the
 lowest: `test_two_processes_train_what_one_trains[fsdp2-tropd-accumulation]`, for a reason that is not yet known.
 """

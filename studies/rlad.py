@@ -70,7 +70,7 @@ FINALISTS = (
     "GRPO",
 )
 RATES = {"sums": (2.5e-5, 5e-5, 1e-4), "puzzles": (5e-5, 1e-4, 2e-4)}
-BEST_RATE = {"sums": 5e-5, "puzzles": 1e-4}  # of these, for every method; GRPO's two on sums are alike
+BEST_RATE = {"sums": 5e-5, "puzzles": 1e-4}  # of these, for every method; GRPO's two on sums do not differ
 
 
 def rate(value: float) -> dict[str, float]:
