@@ -112,8 +112,7 @@ def prepare_policy(recipe: PolicyRecipe = PUPIL, cache_dir: str | Path | None = 
     """
     user_caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     cache = Path(cache_dir or os.environ.get("TRL_EXT_CACHE") or user_caches / "trl_ext").expanduser()
-    key = hashlib.sha256(json.dumps([_VERSION, asdict(recipe)]).encode()).hexdigest()[:12]
-    path = cache / f"{recipe.task}-{key}"
+    path = cache / cache_name(recipe)
     start = prepare_policy(recipe.start, cache) if recipe.start else None
     with PartialState().local_main_process_first():
         if not path.is_dir():
@@ -129,6 +128,12 @@ def prepare_policy(recipe: PolicyRecipe = PUPIL, cache_dir: str | Path | None = 
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return str(path)
+
+
+def cache_name(recipe: PolicyRecipe) -> str:
+    """Name of the policy's folder in the cache."""
+    key = hashlib.sha256(json.dumps([_VERSION, asdict(recipe)]).encode()).hexdigest()[:12]
+    return f"{recipe.task}-{key}"
 
 
 def _move(unfinished: Path, path: Path) -> None:
