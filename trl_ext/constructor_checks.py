@@ -101,14 +101,12 @@ def check_rewards_and_tools(
 REWARD_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-def check_reward_signatures(reward_funcs: Any, train_dataset: Any, args: Any) -> None:
-    """Raises a `TypeError` for a reward function that TRL could not call."""
-    columns = getattr(train_dataset, "column_names", None)
-    row_format = getattr(train_dataset, "format", None)
+def check_reward_signatures(reward_funcs: Any, dataset: Any, dataset_name: str, args: Any) -> None:
+    """Raises a `TypeError` for a reward function that TRL could not call with the columns of this dataset."""
+    columns = getattr(dataset, "column_names", None)
+    row_format = getattr(dataset, "format", None)
     transformed = isinstance(row_format, dict) and row_format.get("type") == "custom"
     known = columns if isinstance(columns, list) and not transformed and not args.remove_unused_columns else []
-    if {"reward", "rewards"} & set(known):  # stored rollouts: the function is called for held-out prompts only
-        return
     given = {*REWARD_KEYWORDS, *known} - {"prompt", "completion"}
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward, str | torch.nn.Module):
@@ -127,7 +125,7 @@ def check_reward_signatures(reward_funcs: Any, train_dataset: Any, args: Any) ->
         needs = {p.name for p in parameters if p.name in takes and p.default is p.empty}
         if known and (missing := sorted(needs - given)):
             raise TypeError(
-                f"The reward function {name!r} needs {', '.join(missing)}, but the columns of `train_dataset` are "
+                f"The reward function {name!r} needs {', '.join(missing)}, but the columns of `{dataset_name}` are "
                 f"{', '.join(known)}: add the column, or rename the parameter."
             )
 

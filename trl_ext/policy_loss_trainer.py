@@ -115,7 +115,8 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         if environment_factory is None:
             check_prompt_column(name, train_dataset, eval_dataset)
             if rollout_func is None:  # which may add what a reward function needs
-                check_reward_signatures(reward_funcs, train_dataset, args)
+                rewarded = self.rewarded_dataset(train_dataset, eval_dataset)
+                check_reward_signatures(reward_funcs, *rewarded, args)
         self.before_loading(model, args, processing_class)
         self._loss_inputs: dict[str, Any] | None = None  # the batch, until its policy loss is computed
         self._loss_scope = ExitStack()
@@ -154,6 +155,11 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     def check_args(cls, args: GRPOConfig) -> None:
         """Refuses, with a `ValueError`, the settings that cannot be honoured. Called before a model is loaded."""
         check_policy_loss_args(args, cls.__name__)
+
+    @staticmethod
+    def rewarded_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, str]:
+        """The dataset for whose rows reward functions are called, and its name."""
+        return train_dataset, "train_dataset"
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
         """A hook for checks that need no loaded policy. Called after `args` have been checked."""

@@ -79,6 +79,10 @@ GRPO = [
 OWN = {
     "drpo": [
         ({"args": config("rlad")}, "RLADConfig, the configuration of another trainer, .*: create it with DRPOConfig"),
+        (
+            {"train_dataset": table(prompt="1+1=", reward=0.5), "reward_funcs": reward_of_an_answer},
+            "needs answer, but the columns of `train_dataset` are prompt, reward: add the",
+        ),
         ({"train_dataset": [1, 2]}, "The rows of `train_dataset` must be dictionaries with a 'prompt', got a int"),
         (
             {"train_dataset": IterableDataset.from_generator(lambda: iter([]))},
@@ -92,6 +96,14 @@ OWN = {
     "erpd": [
         ({"args": config("drpo")}, "DRPOConfig, the configuration of another trainer, .*: create it with ERPDConfig"),
         ({"train_dataset": NOTHING}, "pass a datasets.Dataset"),
+        (  # of stored rollouts, which have their rewards
+            {
+                "train_dataset": table(prompt="1+1=", completion="2", reward=0.5),
+                "eval_dataset": table(prompt="1+1="),
+                "reward_funcs": reward_of_an_answer,
+            },
+            "needs answer, but the columns of `eval_dataset` are prompt: add the",
+        ),
         (
             {"train_dataset": IterableDataset.from_generator(lambda: iter([{"prompt": "1"}]))},
             "pass a datasets.Dataset",

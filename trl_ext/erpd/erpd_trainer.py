@@ -131,6 +131,12 @@ class ERPDTrainer(PolicyLossTrainer):
     def check_args(cls, args: GRPOConfig) -> None:
         check_erpd_args(args, cls.__name__)
 
+    @staticmethod
+    def rewarded_dataset(train_dataset: Any, eval_dataset: Any) -> tuple[Any, str]:
+        if has_stored_rollouts(train_dataset):  # with their rewards
+            return eval_dataset, "eval_dataset"
+        return PolicyLossTrainer.rewarded_dataset(train_dataset, eval_dataset)
+
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
         check_data(self._given, args, type(self).__name__)
         dataset = self._given["train_dataset"]
