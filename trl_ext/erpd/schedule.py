@@ -16,7 +16,7 @@ from trl_ext.losses.erpd import SIGNALS
 class LearningRate:
     """The learning rate of one phase: its peak, and its schedule over the updates of the phase."""
 
-    height: float  # the peak
+    peak: float
     scheduler_type: str
     warmup_steps: float  # a number of updates, or a share of them if below 1, as in transformers
 
@@ -24,7 +24,7 @@ class LearningRate:
         """Maps an update of the phase to a share of the peak, as transformers does."""
         warmup = int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(steps * self.warmup_steps)
         # Some schedules have a minimum, which they divide by the learning rate of the optimizer
-        placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.height)
+        placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.peak)
         schedule = get_scheduler(
             self.scheduler_type, placeholder, warmup, steps, scheduler_specific_kwargs=scheduler_kwargs or None
         )
@@ -97,14 +97,14 @@ class Schedule:
             steps = phase.passes * self.steps_per_pass
             rate = phase.learning_rate
             kwargs = scheduler_kwargs if phase.stage == 2 else None
-            pieces.append((start, rate.height / unit, rate.factors(steps, kwargs)))
+            pieces.append((start, rate.peak / unit, rate.factors(steps, kwargs)))
             start += steps
         boundaries = [start for start, _, _ in pieces]
 
         def factor(step: int) -> float:
             index = max(i for i, boundary in enumerate(boundaries) if boundary <= step)
-            start, height, course = pieces[index]
-            return height * course(step - start)
+            start, peak, course = pieces[index]
+            return peak * course(step - start)
 
         return factor
 
@@ -138,8 +138,8 @@ def teachers_of(args: GRPOConfig) -> list[Teacher]:
 
 def phases_of(args: GRPOConfig) -> list[Phase]:
     """All phases of a run: in each round the policies that the signals need, then the distilled policy."""
-    height = args.learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
-    extraction = LearningRate(height, args.extraction_lr_scheduler_type, args.extraction_warmup_steps)
+    peak = args.learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
+    extraction = LearningRate(peak, args.extraction_lr_scheduler_type, args.extraction_warmup_steps)
     distillation = LearningRate(args.learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
     phases = []
     for number in range(1, args.rounds + 1):
