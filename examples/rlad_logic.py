@@ -24,7 +24,7 @@ from typing import Any
 
 from trl import GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from common.command_line import add_model_init_kwargs, parse_arguments
+from common.command_line import add_model_init_kwargs, chosen_methods, parse_arguments
 from common.report import Panel
 from common.training import Task, evaluate_at_start, load_tokenizer, own_math_task, report, run
 from embedded import tasks
@@ -121,9 +121,7 @@ def make_trainer(method: str, training_args: RLADConfig, task: Task, model_args:
 
 def main(script_args: RLADScriptArguments, training_args: RLADConfig, model_args: ModelConfig) -> None:
     embedded = model_args.model_name_or_path is None
-    methods = script_args.method or (list(METHODS) if embedded else ["rlad"])
-    if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(METHODS)}.")
+    methods = chosen_methods(script_args.method, METHODS, list(METHODS) if embedded else ["rlad"])
     if embedded:
         task = tasks.puzzles(script_args.num_held_out)
     elif script_args.dataset_name is not None:

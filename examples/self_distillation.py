@@ -16,7 +16,8 @@ Your own model, and problems with worked solutions, which are the hints:
         --dataset_name openai/gsm8k --dataset_config main --max_new_tokens 1024 \
         --output_dir self_distillation_gsm8k
 
-Every setting of TrOPDConfig is a flag, and all of them can be set in a file: `--config settings.yaml`.
+Every setting of TrOPDConfig is a flag, and all of them can be set in a file: `--config settings.yaml`. The methods
+with another configuration take those that mean the same there: transformers' own, sampling and vLLM.
 """
 
 import copy
@@ -30,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from common import math_problems
-from common.command_line import parse_arguments
+from common.command_line import chosen_methods, parse_arguments
 from common.report import Panel, markdown_table
 from common.training import Task, own_math_task, report, reproducibly, run
 from embedded import arithmetic, tasks
@@ -79,6 +80,7 @@ METHODS = {
 # The settings that mean the same in every configuration
 SHARED = {setting.name for setting in fields(TrainingArguments) if setting.init} - {"remove_unused_columns"}
 SHARED |= {"num_generations", "temperature", "model_init_kwargs", "trust_remote_code"}
+SHARED |= {setting.name for setting in fields(TrOPDConfig) if setting.name.startswith(("use_vllm", "vllm_"))}
 PANELS = (
     Panel("KL to the teacher on own samples, nats per token", {"teacher/kl": "TrOPD", "teacher/log_ratio": "RLAD"}),
     Panel("reward, mean of the rollouts", {"reward": "reward"}),
@@ -101,21 +103,26 @@ class SelfDistillationArguments(ScriptArguments):
     )
 
 
-def make_trainer(name: str, args: TrOPDConfig, task: Task, model_args: ModelConfig, template: str) -> Any:
-    """The trainer of a method; `template` makes of prompt and hint what the teacher sees."""
-    method = METHODS[name]
+def make_config(method: Method, args: TrOPDConfig, template: str, vocabulary: int) -> Any:
+    """The configuration of a method; `template` makes of prompt and hint what SDFT's teacher sees."""
     if method.config is TrOPDConfig:
         config = copy.deepcopy(args)
         for setting, value in method.settings.items():
             setattr(config, setting, value)
-    else:
-        settings = {setting: getattr(args, setting) for setting in SHARED} | dict(method.settings)
-        settings |= {"max_completion_length": args.max_new_tokens, "num_generations_eval": 1}
-        if method.config is SDFTConfig:
-            settings["teacher_prompt_template"] = template
-            if len(task.tokenizer) < SDFTConfig.distillation_topk:
-                settings["distillation_mode"] = "full_logits"
-        config = method.config(**settings)
+        return config
+    known = {setting.name for setting in fields(method.config)}
+    settings = {setting: getattr(args, setting) for setting in SHARED & known} | dict(method.settings)
+    settings |= {"max_completion_length": args.max_new_tokens, "num_generations_eval": 1}
+    if method.config is SDFTConfig:
+        settings["teacher_prompt_template"] = template
+        if vocabulary < SDFTConfig.distillation_topk:
+            settings["distillation_mode"] = "full_logits"
+    return method.config(**settings)
+
+
+def make_trainer(name: str, args: TrOPDConfig, task: Task, model_args: ModelConfig, template: str) -> Any:
+    method = METHODS[name]
+    config = make_config(method, args, template, len(task.tokenizer))
     config.output_dir = str(Path(args.output_dir) / name)
     others: dict[str, Any] = {} if method.teacher is None else {"teacher_model": method.teacher}
     if method.needs_reward:
@@ -142,9 +149,7 @@ def print_teacher(task: Task, num_held_out: int) -> None:
 
 def main(script_args: SelfDistillationArguments, training_args: TrOPDConfig, model_args: ModelConfig) -> None:
     embedded = script_args.dataset_name is None
-    methods = script_args.method or (list(METHODS) if embedded else ["tropd"])
-    if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(METHODS)}.")
+    methods = chosen_methods(script_args.method, METHODS, list(METHODS) if embedded else ["tropd"])
     if not model_args.use_peft:
         raise ValueError("The teacher is the student without its adapter, so the student needs one: add --use_peft.")
     if embedded:

@@ -24,7 +24,7 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from common.command_line import parse_arguments
+from common.command_line import chosen_methods, parse_arguments
 from common.console import quieten
 from common.gkd import SampledGKD
 from common.report import Panel, Run
@@ -125,9 +125,7 @@ def measure(trainer: Any, args: TrOPDConfig, task: Task, accuracy: Any) -> dict[
 
 def main(script_args: TrOPDScriptArguments, training_args: TrOPDConfig, model_args: ModelConfig) -> None:
     embedded = script_args.dataset_name is None
-    methods: list[Any] = script_args.method or (EMBEDDED_METHODS if embedded else [None])
-    if unknown := set(methods) - {*METHODS, None}:
-        raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(METHODS)}.")
+    methods = chosen_methods(script_args.method, METHODS, EMBEDDED_METHODS if embedded else [None])
     if embedded:
         task = tasks.sums(script_args.num_held_out, STUDENTS[script_args.student], TEACHER)
         task.measure = partial(measure, args=training_args, task=task, accuracy=task.measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     resume = training_args.resume_from_checkpoint
     training_args.resume_from_checkpoint = switch.get(str(resume).lower(), resume)
     return script_args, training_args, model_args
+
+
+def chosen_methods(chosen: list[str], known: Iterable[str], default: list[Any]) -> list[Any]:
+    """What `--method` names, or `default` without it."""
+    if unknown := sorted(set(chosen) - set(known)):
+        raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(known)}.")
+    return chosen or default
 
 
 def quiet_defaults(config_class: Any, embedded: bool) -> dict[str, Any]:

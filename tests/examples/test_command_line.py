@@ -41,6 +41,15 @@ def test_defaults_are_those_of_the_embedded_task(parse):
     assert args.learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("script", ["rlad_logic", "self_distillation", "tropd_math"])
+def test_an_unknown_method_is_named_before_a_model_is_made(monkeypatch, tmp_path, script):
+    argv = ["script", "--use_cpu", "--output_dir", str(tmp_path), "--method", "tropd", "gpro"]
+    monkeypatch.setattr("sys.argv", argv)
+    main = {"rlad_logic": rlad_logic, "self_distillation": self_distillation, "tropd_math": tropd_math}[script].main
+    with pytest.raises(ValueError, match=r"--method .*gpro.* is unknown: choose from .*"):
+        main(*parse_arguments(*SCRIPTS[script]))
+
+
 def test_epochs_are_not_overridden_by_the_default_number_of_steps(parse, request):
     if "erpd_math" in request.node.name:
         pytest.skip("ERPD refuses both: its length follows from the fixed set")

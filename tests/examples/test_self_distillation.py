@@ -12,6 +12,7 @@ from common.math_problems import HINT_TEMPLATE, load_problems
 from embedded import arithmetic, tasks
 from embedded.arithmetic import HintedProblem, Problem
 from embedded.arithmetic_policy import HINTED_PUPIL, HintedRecipe
+from trl_ext import TrOPDConfig
 
 
 def test_all_methods_on_the_embedded_task(tmp_path, run, monkeypatch):
@@ -39,6 +40,14 @@ def test_a_model_and_problems_of_ones_own(tmp_path, run, own_problems):
     assert (tmp_path / "out" / "sdft" / "adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match="add --use_peft"):
         run("examples/self_distillation.py", *flags)
+
+
+@pytest.mark.parametrize("name", self_distillation.METHODS)
+def test_every_method_takes_the_flags_that_mean_the_same(tmp_path, name):
+    flags = {"learning_rate": 3e-3, "temperature": 0.7, "num_generations": 4, "vllm_server_port": 8123}
+    args = TrOPDConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, **flags)
+    config = self_distillation.make_config(self_distillation.METHODS[name], args, HINT_TEMPLATE, 16)
+    assert {flag: getattr(config, flag) for flag in flags} == flags
 
 
 @pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, None], ids=["messages", "text"])
