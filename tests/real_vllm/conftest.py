@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import engine
 import pytest
 
 
@@ -139,3 +140,9 @@ def _engine_for_tiny_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     os.environ.clear()  # else the next test's one process takes itself for one of several
     os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The policy. Each process saves its own before they form a group, in which only the first one would write."""
+    return engine.save_policy(tmp_path_factory.mktemp("policy"))

@@ -8,11 +8,6 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 
-@pytest.fixture
-def path(tmp_path):
-    return engine.save_policy(tmp_path / "policy")
-
-
 def lora():
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 

@@ -1,17 +1,10 @@
 """Two processes that share one engine: `vllm_tensor_parallel_size=2`."""
 
-import engine
 import pytest
 from engine_runs import COLOCATED, compare_with_model, make_trainer
 
 
 pytestmark = pytest.mark.processes(2)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """Saved by each process before they form a group, in which only the first one would write the file."""
-    return engine.save_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.mark.parametrize(
@@ -21,8 +14,8 @@ def path(tmp_path_factory):
         for name in ("drpo", "rlad", "tropd", "erpd")
     ],
 )
-def test_the_ranks_of_an_engine_draw_alike(path, tmp_path, name):
-    """Else each goes on from its own tokens, and what they compute together is of no sequence at all."""
+def test_the_ranks_of_an_engine_draw_the_same_tokens(path, tmp_path, name):
+    """Otherwise each continues its own tokens, and their common forward pass is of no sequence that exists."""
     trainer = make_trainer(name, path, tmp_path, vllm_tensor_parallel_size=2, ddp_backend="gloo", **COLOCATED)
     differences = compare_with_model(trainer)
     trainer.train()

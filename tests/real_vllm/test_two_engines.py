@@ -1,18 +1,11 @@
 """Two processes with one engine each."""
 
-import engine
 import pytest
 from accelerate.utils import gather_object
 from engine_runs import COLOCATED, compare_with_model, generation_of, make_trainer
 
 
 pytestmark = pytest.mark.processes(2)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """Saved by each process before they form a group, in which only the first one would write the file."""
-    return engine.save_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.mark.parametrize(

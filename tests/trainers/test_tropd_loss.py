@@ -6,18 +6,9 @@ import pytest
 import tiny
 import torch
 from trl.experimental.gkd import GKDTrainer
-from tropd_runs import (
-    assert_same,
-    gradient,
-    hash_rollouts,
-    hashed_completion,
-    make_trainer,
-    micro_batches,
-)
+from tropd_runs import assert_same, gradient, hash_rollouts, hashed_completion, make_trainer, micro_batches
 
-from trl_ext.losses import (
-    tropd_loss,
-)
+from trl_ext.losses import tropd_loss
 from trl_ext.tropd.prompts import PromptCollator
 
 

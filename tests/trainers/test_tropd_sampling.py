@@ -7,14 +7,7 @@ import tiny
 import torch
 from datasets import Dataset
 from trl.generation.vllm_generation import VLLMGeneration
-from tropd_runs import (
-    assert_same,
-    gradient,
-    hash_rollouts,
-    hashed_completion,
-    make_trainer,
-    micro_batches,
-)
+from tropd_runs import assert_same, gradient, hash_rollouts, hashed_completion, make_trainer, micro_batches
 
 
 def frequencies(completions, size):

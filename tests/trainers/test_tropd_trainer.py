@@ -21,9 +21,7 @@ from tropd_runs import (
 )
 
 from trl_ext import TrOPDTrainer, next_token
-from trl_ext.losses import (
-    forward_kl_top_k,
-)
+from trl_ext.losses import forward_kl_top_k
 
 
 @pytest.mark.parametrize("objective", ["tropd", "opd", "eopd", "reopold"])
