@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     return script_args, training_args, model_args
 
 
-def chosen_methods(chosen: list[str], known: Iterable[str], default: list[Any]) -> list[Any]:
+def chosen_methods(chosen: list[str], known: Collection[str], default: list[Any]) -> list[Any]:
     """What `--method` names, or `default` without it."""
     if unknown := sorted(set(chosen) - set(known)):
         raise ValueError(f"--method {' '.join(unknown)} is unknown: choose from {', '.join(known)}.")

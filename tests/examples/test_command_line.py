@@ -10,6 +10,7 @@ import self_distillation
 import tropd_math
 
 from common.command_line import parse_arguments
+from embedded import tasks
 from trl_ext import DRPOConfig, ERPDConfig, RLADConfig, TrOPDConfig
 
 
@@ -45,6 +46,8 @@ def test_defaults_are_those_of_the_embedded_task(parse):
 def test_an_unknown_method_is_named_before_a_model_is_made(monkeypatch, tmp_path, script):
     argv = ["script", "--use_cpu", "--output_dir", str(tmp_path), "--method", "tropd", "gpro"]
     monkeypatch.setattr("sys.argv", argv)
+    for task in ("sums", "hinted_sums", "puzzles"):  # which make the policy
+        monkeypatch.setattr(tasks, task, lambda *args: pytest.fail("A model was made first."))
     main = {"rlad_logic": rlad_logic, "self_distillation": self_distillation, "tropd_math": tropd_math}[script].main
     with pytest.raises(ValueError, match=r"--method .*gpro.* is unknown: choose from .*"):
         main(*parse_arguments(*SCRIPTS[script]))
