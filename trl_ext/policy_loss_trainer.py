@@ -115,8 +115,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         if environment_factory is None:
             check_prompt_column(name, train_dataset, eval_dataset)
             if rollout_func is None:  # which may add what a reward function needs
-                rewarded = self.rewarded_dataset(train_dataset, eval_dataset)
-                check_reward_signatures(reward_funcs, *rewarded, args)
+                check_reward_signatures(reward_funcs, *self.rewarded_dataset(train_dataset, eval_dataset), args)
         self.before_loading(model, args, processing_class)
         self._loss_inputs: dict[str, Any] | None = None  # the batch, until its policy loss is computed
         self._loss_scope = ExitStack()
