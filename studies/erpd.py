@@ -100,6 +100,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "the default, 4 rounds of 512 rollouts": {**BEST, "rounds": 4, "prompts_per_round": 64},
 }
 CHANGED = {name: search(**{**UNLEARNED, **change}) for name, change in CHANGES.items()}
+# One change each of the default in three rounds of 2,048 rollouts
+THREE_ROUNDS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "`extraction_loss='ce'`": {"extraction_loss": "ce"},
+    "`signal_clip=5`": {"signal_clip": 5.0},
+    "`extraction_passes=12`": {"extraction_passes": 12},
+    "clip 0.5/2.0 in stage 2": {"epsilon": 0.5, "epsilon_high": 2.0},
+    "`learning_rate=6e-5`": {"learning_rate": 6e-5},
+    "`outcome_advantage_weight=1`": {"outcome_advantage_weight": 1.0},
+    "128 prompts with 16 rollouts each": {"prompts_per_round": 128, "num_generations": 16},
+    "`extraction_loss='ce'`, `extraction_passes=12`": {"extraction_loss": "ce", "extraction_passes": 12},
+}
+IN_ROUNDS = {
+    name: run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, **change}, final=False, group="rounds")
+    for name, change in THREE_ROUNDS.items()
+}
 # Sampling phases -> passes over each
 PHASES = {1: 8, 2: 4, 4: 4, 8: 2, 16: 2}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
@@ -132,6 +148,7 @@ RUNS = [
     *SEARCH,
     *SMALL,
     *CHANGED.values(),
+    *IN_ROUNDS.values(),
     *ROWS.values(),
     *BASE.values(),
     *POLICY_GRADIENT.values(),
