@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from many_runs import prepare_for_many_runs
 
 
 TESTS = Path(__file__).parent
@@ -50,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if folder(item) in SLOW_FOLDERS and STARTS_PROCESSES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: SLOW_FOLDERS.index(folder(item)) if folder(item) in SLOW_FOLDERS else 9)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.items:
+        prepare_for_many_runs()
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ def test_number(i, pytestconfig):
 
 
 def test_workers_start_no_workers(tmp_path):
-    (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "support").mkdir(parents=True)
+    for file in ("conftest.py", "support/many_runs.py"):
+        shutil.copy(ROOT / "tests" / file, tmp_path / "tests" / file)
     for name in ("test_one.py", "test_two.py", "test_three.py"):
         (tmp_path / "tests" / name).write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

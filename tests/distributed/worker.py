@@ -24,6 +24,7 @@ from distributed_cases import CASES, LAYOUTS, Case  # noqa: E402
 from erpd_boundary import watch_boundaries  # noqa: E402
 from fixed_rollouts import rollout  # noqa: E402
 from fsdp_on_cpu import allow_fsdp_on_cpu  # noqa: E402
+from many_runs import prepare_for_many_runs  # noqa: E402
 from tiny_erpd import right_or_wrong  # noqa: E402
 
 from trl_ext import (  # noqa: E402
@@ -200,6 +201,7 @@ def main() -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
     launched_with = dict(os.environ)
+    prepare_for_many_runs()
     for name in flags.runs:
         layout, case = name.split("/")
         os.environ.update(launched_with | (LAYOUTS[layout].environment if layout in LAYOUTS else {}))

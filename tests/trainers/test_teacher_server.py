@@ -85,7 +85,7 @@ def server(monkeypatch):
     server.daemon_threads = True
     server.model, server.behaviour, server.requests = tiny.policy(1), "well", []
     server.health, server.served = 200, {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it sees its end
     yield server
     server.shutdown()
     server.server_close()
