@@ -5,41 +5,30 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from embedded import tasks
 from embedded.arithmetic_policy import PUPIL, Recipe, cache_name, prepare_policy
 
 
 ROOT = Path(__file__).parents[2]
-BRIEF_LESSONS = """
-import dataclasses, runpy, sys
-sys.argv.pop(0)
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-from embedded import tasks
-
-def teach_briefly(recipe, teach=tasks.prepare_policy):
-    start = recipe.start and dataclasses.replace(recipe.start, num_steps=20)
-    return teach(dataclasses.replace(recipe, num_steps=20, start=start))
-
-tasks.prepare_policy = teach_briefly
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """
-    Where the embedded policies are kept. The pupil is taught once for all tests, whichever worker runs them, and with
-    a third of its lessons: it solves some sums and not others, and no test asks how many.
+    Where the embedded policies are kept. The pupil is taught once for all tests, whichever worker runs them, in a few
+    seconds: it solves some sums and not others, and no test asks how many.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "policies"
     with FileLock(f"{folder}.lock"):
         if not (pupil := folder / cache_name(PUPIL)).exists():
-            os.rename(prepare_policy(Recipe(num_steps=100), folder), pupil)
+            os.rename(prepare_policy(Recipe(num_steps=120, batch_size=32, learning_rate=4e-3), folder), pupil)
     return folder
 
 
@@ -47,9 +36,7 @@ def cache(tmp_path_factory):
 def launch(cache, tmp_path):
     """Starts a script in a process of its own, or in those of `launcher`; returns what it printed."""
 
-    def start(script, *flags, launcher=(), brief_lessons=False):
-        if brief_lessons:
-            launcher = ["-c", BRIEF_LESSONS]
+    def start(script, *flags, launcher=()):
         result = subprocess.run(
             [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
             cwd=tmp_path,
@@ -76,6 +63,17 @@ def run(cache, run_script, monkeypatch):
         return printed
 
     return start
+
+
+@pytest.fixture
+def brief_lessons(monkeypatch):
+    """A script that runs in this process teaches its policies for 4 steps."""
+
+    def teach(recipe):
+        start = recipe.start and replace(recipe.start, num_steps=4)
+        return prepare_policy(replace(recipe, num_steps=4, start=start))
+
+    monkeypatch.setattr(tasks, "prepare_policy", teach)
 
 
 @pytest.fixture

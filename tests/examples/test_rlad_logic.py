@@ -5,9 +5,9 @@ import re
 import tiny
 
 
-def test_rlad_logic_embedded(tmp_path, launch):
+def test_rlad_logic_embedded(tmp_path, run, brief_lessons):
     flags = ["--max_steps", 4, "--num_held_out", 32, "--logging_steps", 1]
-    out = launch("examples/rlad_logic.py", *flags, brief_lessons=True)
+    out = run("examples/rlad_logic.py", *flags)
     for method in ("GRPO", "KDRL", "RLAD"):
         assert re.search(
             rf"{method} \| held-out reward \| [01]\.\d+ *\| [01]\.\d+ *\| 4 ", out

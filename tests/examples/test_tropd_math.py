@@ -4,9 +4,9 @@ import pytest
 import tiny
 
 
-def test_tropd_math_embedded(tmp_path, launch):
+def test_tropd_math_embedded(tmp_path, run, brief_lessons):
     flags = ["--method", "tropd", "gkd", "--max_steps", 4, "--num_held_out", 16, "--logging_steps", 2]
-    out = launch("examples/tropd_math.py", *flags, "--per_device_train_batch_size", 8, brief_lessons=True)
+    out = run("examples/tropd_math.py", *flags, "--per_device_train_batch_size", 8)
     for method in ("tropd", "gkd"):
         assert f"| {method:<5} | KL to the teacher, nats per token |" in out
         assert (tmp_path / "tropd_math_output" / method / "model.safetensors").exists()
