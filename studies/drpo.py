@@ -27,6 +27,19 @@ CORRECTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# The same correction, and DRPO's region around the trainer's old log-probabilities
+DECOUPLED: dict[str, tuple[str, dict[str, Any]]] = {
+    f"DRPO, {radius:g}, old policy, token truncate": (
+        "drpo_corrected",
+        {
+            "trust_region": "drpo",
+            "trust_region_radius": radius,
+            "trust_region_anchor": "old_policy",
+            "vllm_importance_sampling_mode": "token_truncate",
+        },
+    )
+    for radius in (0.15, 0.5)
+}
 # Around the trainer's old log-probabilities, the sampler's left out: vllm_importance_sampling_correction=False
 OWN = "DRPO, 0.15, own log-probs"
 
@@ -43,7 +56,7 @@ def stale(name: str, updates: int, learning_rate: float = 1e-4, **others: Any) -
 def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others: Any) -> Run:
     """4,096 rollouts, 4 updates per batch of 256."""
     sampler += UNSCORED * (name == OWN)
-    method, settings = {**REGIONS, **CORRECTED, OWN: REGIONS["DRPO, 0.15"]}[name]
+    method, settings = {**REGIONS, **CORRECTED, **DECOUPLED, OWN: REGIONS["DRPO, 0.15"]}[name]
     sizes = {"steps_per_generation": 4, "max_steps": 64, "logging_steps": 4, "learning_rate": learning_rate}
     return run(method, {**settings, **sizes}, sampler=sampler, **{"final": False, "group": "precision", **others})
 
@@ -61,6 +74,12 @@ PRECISION = {
     }.items()
 }
 TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in MISMATCHED if not name.startswith(("SPO", "DPPO"))}
+# Which anchor, on another copy of the policy: all that is compared is made with it
+ANCHORS = {
+    f"{sampler}: {name}": low_precision(name, sampler, copy="second", group="anchors")
+    for sampler in ("4 bits", "5 bits")
+    for name in ("GRPO, token truncate", *DECOUPLED, "DRPO, 0.5", "GRPO, clip 0.2")
+}
 # With more seeds, and on the test problems too
 STALE_FINALISTS = ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5")
 FINALISTS = {
@@ -72,6 +91,7 @@ FINALISTS = {
 }
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
 RUNS += with_seeds(FINALISTS.values(), (1, 2))
+RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
 # Ahead by less than the seeds differ: two more
 RUNS += with_seeds([stale(name, 16, final=True) for name in STALE_FINALISTS if name != "DRPO, 0.15"], (3, 4))
 

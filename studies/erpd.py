@@ -113,7 +113,9 @@ THREE_ROUNDS: dict[str, dict[str, Any]] = {
     "`extraction_loss='ce'`, `extraction_passes=12`": {"extraction_loss": "ce", "extraction_passes": 12},
 }
 IN_ROUNDS = {
-    name: run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, **change}, final=False, group="rounds")
+    name: run(
+        "erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, **change}, final=False, group="rounds", copy="second"
+    )
     for name, change in THREE_ROUNDS.items()
 }
 # Sampling phases -> passes over each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from pathlib import Path
@@ -38,8 +39,14 @@ class Curve(TrainerCallback):
             self.seconds += time.perf_counter() - start
 
 
+def weights_of_policy(run: Run) -> str:
+    """A fingerprint of the weights that the run starts from."""
+    path = prepare_policy(TASKS[run.task].policies[run.policy])
+    return hashlib.sha256(Path(path, "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
 def train_and_measure(run: Run, num_problems: int | None = None) -> dict[str, Any]:
-    """All of a result's line but the run and the commit; measured on `num_problems` of each split, or all."""
+    """All of a result's line but the run, the weights and the commit; measured on `num_problems` per split, or all."""
     logging.disable_progress_bar()
     ignore_deprecated_names()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from studies.runs import RESULTS, Run, append_result, claimed, commit, finished, slot
+from studies.runs import RESULTS, Run, append_result, check_copy, claimed, commit, finished, slot
 
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,11 +44,13 @@ def missing_runs(study: str, groups: list[str] | None, folder: Path) -> list[Run
     return [run for key, run in runs.items() if key not in done]
 
 
-def execute(run: Run, problems: int | None) -> dict[str, Any]:
+def execute(study: str, run: Run, flags: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures: the result's line."""
-    from studies.execution import train_and_measure  # imports torch and TRL, which --list does not need
+    from studies.execution import train_and_measure, weights_of_policy  # import torch and TRL: --list needs neither
 
-    return train_and_measure(run, problems)
+    weights = weights_of_policy(run)
+    check_copy(study, run, weights, flags.results)
+    return {"run": asdict(run), "commit": commit(), "weights": weights, **train_and_measure(run, flags.problems)}
 
 
 def work(flags: argparse.Namespace) -> int:
@@ -66,12 +68,11 @@ def work(flags: argparse.Namespace) -> int:
                 with slot(flags.slots):
                     start = time.strftime("%H:%M:%S")
                     try:
-                        result = execute(run, flags.problems)
+                        result = execute(study, run, flags)
                     except Exception:
                         failures += 1
                         print(f"{start} {study} FAILED {describe(run)}\n{traceback.format_exc()}", flush=True)
                         continue
-                    result = {"run": asdict(run), "commit": commit(), **result}
                     append_result(study, result, flags.results)
                     print(f"{start} {study} {describe(run)}\n    {summary(result)}", flush=True)
     return failures
@@ -82,7 +83,7 @@ def describe(run: Run) -> str:
         " ".join([s.method, *(f"{k}={v}" for k, v in s.settings.items()), *([s.sampler] if s.sampler else [])])
         for s in run.stages
     )
-    return f"[{run.group}] {run.task} {stages} seed={run.seed}"
+    return f"[{run.group}] {run.task} {stages} seed={run.seed}{run.copy and f' copy={run.copy}'}"
 
 
 def summary(result: dict[str, Any]) -> str:

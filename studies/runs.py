@@ -10,7 +10,7 @@ import random
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +46,9 @@ class Run:
     curve_every: int | None = None  # updates between two measurements during the training
     final: bool = True  # measured on the test problems too; False in a search for settings
     group: str = ""  # for tables: which question of the study it belongs to
+    # Which copy of the policies it starts from. They are taught on the spot, and come out differently on another
+    # processor: a study that is continued elsewhere names a new copy, and makes anew what it compares with
+    copy: str = ""
 
     @property
     def key(self) -> str:
@@ -57,9 +60,10 @@ def run(method: str, settings: dict[str, Any] | None = None, *, sampler: str | N
     return Run((Stage(method, settings or {}, sampler),), **others)
 
 
-def identity(description: dict[str, Any]) -> str:
+def identity(description: dict[str, Any], ignored: Sequence[str] = ("group",)) -> str:
     """The same for the same run, also after a round trip through JSON."""
-    return json.dumps({k: v for k, v in description.items() if k != "group"}, sort_keys=True)
+    kept = {k: v for k, v in description.items() if k not in ignored and (k, v) != ("copy", "")}
+    return json.dumps(kept, sort_keys=True)
 
 
 def load_results(study: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -70,6 +74,19 @@ def load_results(study: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def finished(study: str, folder: Path = RESULTS) -> set[str]:
     return {identity(result["run"]) for result in load_results(study, folder)}
+
+
+def check_copy(study: str, run: Run, weights: str, folder: Path = RESULTS) -> None:
+    """Raises a `ValueError` where other results of the same `copy` began with other weights."""
+    for result in load_results(study, folder):
+        other = result["run"]
+        same = all(other.get(name, "") == getattr(run, name) for name in ("task", "policy", "copy"))
+        if same and result.get("weights", weights) != weights:
+            raise ValueError(
+                f"The {run.policy!r} of {run.task!r} has other weights than in the results with copy={run.copy!r}: it "
+                "comes out differently on another processor. Name a new copy, in which the runs to compare with are "
+                "made again."
+            )
 
 
 def append_result(study: str, result: dict[str, Any], folder: Path = RESULTS) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.report import markdown_table
-from studies.runs import RESULTS, Run, load_results
+from studies.runs import RESULTS, Run, identity, load_results
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Summary:
 
 
 def without_seed(description: dict[str, Any]) -> str:
-    ignored = ("seed", "group", "curve_every", "final")
-    return json.dumps({k: v for k, v in description.items() if k not in ignored}, sort_keys=True)
+    return identity(description, ("seed", "group", "curve_every", "final"))
 
 
 @cache

@@ -31,14 +31,22 @@ from trl_ext import (
 )
 
 
-class CorrectedGRPO(GRPOTrainer):
-    """GRPO with TRL's importance sampling correction for a `rollout_func`; TRL makes it for vLLM alone."""
+class Corrected:
+    """TRL's importance sampling correction for a `rollout_func`; TRL makes it for vLLM alone."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.use_vllm = True
         self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
         self._last_loaded_step = -1
+
+
+class CorrectedGRPO(Corrected, GRPOTrainer):
+    pass
+
+
+class CorrectedDRPO(Corrected, DRPOTrainer):
+    """With `trust_region_anchor="old_policy"`."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,7 @@ def spent_by_fine_tuning(args: Any, updates: int) -> dict[str, int]:
 METHODS = {
     "grpo": Method(GRPOConfig, GRPOTrainer, policy_gradient, rewarded, spent_by_policy_gradient),
     "grpo_corrected": Method(GRPOConfig, CorrectedGRPO, policy_gradient, rewarded, spent_by_policy_gradient),
+    "drpo_corrected": Method(DRPOConfig, CorrectedDRPO, regularized, rewarded, spent_by_policy_gradient),
     "drpo": Method(DRPOConfig, DRPOTrainer, regularized, rewarded, spent_by_policy_gradient),
     "rlad": Method(
         RLADConfig, RLADTrainer, policy_gradient_with_teacher, rewarded_and_taught, spent_by_policy_gradient

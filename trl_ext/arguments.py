@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -108,6 +108,12 @@ def check_values(args: Any, config_class: type) -> None:
             )
         if setting.name in own and isinstance(value, str) and _takes_dictionary(hints[setting.name]):
             _check_json(setting.name, value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises a `ValueError` where the value of the setting `name` is not among its choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: set it to one of {', '.join(map(repr, choices))}.")
 
 
 def _takes_dictionary(hint: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trl_ext.arguments import changed_settings
+from trl_ext.arguments import changed_settings, check_choice
 from trl_ext.losses import TokenLoss, dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
 
 
@@ -94,8 +94,7 @@ def trust_region_radius(args: Any) -> float | None:
 def check_trust_region(args: Any) -> None:
     """Raises a `ValueError` for an unknown region, a radius that is not one, or settings of another region."""
     name, radius = args.trust_region, args.trust_region_radius
-    if name not in TRUST_REGIONS:
-        raise ValueError(f"trust_region={name!r} is unknown: set it to one of {', '.join(map(repr, TRUST_REGIONS))}.")
+    check_choice("trust_region", name, TRUST_REGIONS)
     row = TRUST_REGIONS[name]
     if radius is not None and row.radius is None:
         raise ValueError(

@@ -25,6 +25,17 @@ def test_a_run_is_the_same_after_a_round_trip_through_its_result(tmp_path):
     assert runs.with_seeds([first], [1])[0].key not in done
 
 
+def test_another_copy_of_a_policy_is_not_mixed_with_the_first(tmp_path):
+    first, elsewhere = runs.run("grpo"), runs.run("grpo", copy="second")
+    assert first.key == runs.identity({**json.loads(first.key), "copy": ""})  # results older than this field
+    assert first.key != elsewhere.key
+    runs.append_result("smoke", {"run": json.loads(first.key), "weights": "a"}, tmp_path)
+    runs.check_copy("smoke", first, "a", tmp_path)
+    runs.check_copy("smoke", elsewhere, "b", tmp_path)
+    with pytest.raises(ValueError, match="Name a new copy"):
+        runs.check_copy("smoke", first, "b", tmp_path)
+
+
 def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(runs.time, "sleep", lambda seconds: pytest.fail("waits") if seconds < 1 else None)

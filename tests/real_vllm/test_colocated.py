@@ -78,6 +78,19 @@ def test_bfloat16_moves_the_ratio_by_its_rounding(path, tmp_path, monkeypatch):
     trainer.train()
     first = torch.cat(ratios[::2])
     assert 0.8 < first.min() < first.max() < 1.25
+
+
+def test_around_the_old_policy_the_rounding_is_corrected_and_not_in_the_ratio(path, tmp_path, monkeypatch):
+    engine.adapt(monkeypatch, dtype="bfloat16")
+    settings = {"trust_region_anchor": "old_policy", "vllm_importance_sampling_mode": "token_truncate", **COLOCATED}
+    trainer = make_trainer("drpo", path, tmp_path, **settings)
+    ratios = record_ratios(trainer)
+    trainer.train()
+    first = torch.cat(ratios[::2])
+    torch.testing.assert_close(first, torch.ones_like(first), rtol=0, atol=1e-5)
+    name = "sampling/importance_sampling_ratio"
+    for log in trainer.state.log_history[:-1:2]:
+        assert 0.8 < log[f"{name}/min"] < 1 < log[f"{name}/max"] < 1.25
     assert (first - 1).abs().max() > 1e-4  # else it has not run in bfloat16
     assert trainer.state.log_history[0]["ratio/mean"] == pytest.approx(1.0, abs=0.05)
 

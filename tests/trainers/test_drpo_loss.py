@@ -13,14 +13,14 @@ from trl_ext import DRPOTrainer
 from trl_ext.losses import dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
 
 
-def expected_loss(trainer, inputs, behaviour_logps):
+def expected_loss(trainer, inputs, behaviour_logps, weight=1.0):
     """DRPO on full logits, aggregated over all tokens as `dapo` does: what the trainer must equal."""
     logps = tiny.naive_logps(trainer.model, inputs, trainer.args.temperature)
     mu = torch.where(behaviour_logps.isnan(), logps.detach(), behaviour_logps).exp()
     ratio = logps.exp() / mu
     advantages = inputs["advantages"][:, None]
     objective = ratio * advantages - advantages.abs() * mu * (ratio - 1) ** 2 / (2 * 0.5)
-    return -(objective * inputs["completion_mask"]).sum() / inputs["completion_mask"].sum()
+    return -(weight * objective * inputs["completion_mask"]).sum() / inputs["completion_mask"].sum()
 
 
 @pytest.mark.parametrize("source", ["sampler", "old", "current"])
@@ -41,6 +41,21 @@ def test_loss_and_gradient_of_the_objective(path, tmp_path, source):
     theirs = expected_loss(trainer, inputs, behaviour_logps)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     expected = torch.autograd.grad(theirs, list(trainer.model.parameters()))
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_and_gradient_around_the_old_policy(path, tmp_path):
+    """TRL's correction of the sampler's mismatch weighs the whole loss, as it weighs GRPO's."""
+    trainer = make_trainer(path, tmp_path, temperature=0.8, trust_region_anchor="old_policy")
+    inputs = stale_batch(trainer, sampler=True)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.use_vllm = True  # TRL corrects for vLLM alone
+    inputs["importance_sampling_ratio"] = torch.linspace(0.2, 3, inputs["completion_ids"].numel()).view(8, -1)
+    ours = trainer.compute_loss(trainer.model, inputs)
+    theirs = expected_loss(trainer, inputs, inputs["old_per_token_logps"], inputs["importance_sampling_ratio"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    parameters = list(trainer.model.parameters())
+    gradients, expected = torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)
     torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
 
 

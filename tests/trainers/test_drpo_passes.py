@@ -131,13 +131,10 @@ class StubEngine:
         return output["prompt_ids"], output["completion_ids"], logprobs, None
 
 
-@pytest.mark.parametrize("correction", [True, False])
-def test_vllm_is_corrected_once(path, tmp_path, monkeypatch, correction):
-    """Its log-probabilities are the ratio's denominator, so that no importance sampling weight comes on top."""
+def train_with_engine(path, tmp_path, monkeypatch, **settings):
+    """The trainer, what its policy loss was called with in each of 4 updates, and its passes."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **kwargs: None)
-    trainer = make_trainer(
-        path, tmp_path, use_vllm=True, vllm_mode="colocate", vllm_importance_sampling_correction=correction
-    )
+    trainer = make_trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", **settings)
     trainer.vllm_generation = StubEngine(trainer)
     counts = count_passes(trainer)
     batches = []
@@ -150,6 +147,15 @@ def test_vllm_is_corrected_once(path, tmp_path, monkeypatch, correction):
     trainer.policy_loss = record
     trainer.train()
     assert len(batches) == 4
+    return trainer, batches, counts
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_vllm_is_corrected_once(path, tmp_path, monkeypatch, correction):
+    """Its log-probabilities are the ratio's denominator, so that no importance sampling weight comes on top."""
+    trainer, batches, counts = train_with_engine(
+        path, tmp_path, monkeypatch, vllm_importance_sampling_correction=correction
+    )
     for behaviour_logps, inputs in batches:
         assert "importance_sampling_ratio" not in inputs
         assert (behaviour_logps is inputs["sampling_per_token_logps"]) == correction
@@ -158,3 +164,16 @@ def test_vllm_is_corrected_once(path, tmp_path, monkeypatch, correction):
     assert ("sampling/missing_logps" in trainer.state.log_history[0]) == correction
     if correction:
         assert trainer.state.log_history[0]["sampling/missing_logps"] == pytest.approx(0.2, abs=0.08)
+
+
+def test_around_the_old_policy_trl_corrects_for_vllm(path, tmp_path, monkeypatch, caplog):
+    settings = {"trust_region_anchor": "old_policy", "vllm_importance_sampling_mode": "token_truncate"}
+    trainer, batches, counts = train_with_engine(path, tmp_path, monkeypatch, **settings)
+    for behaviour_logps, inputs in batches:
+        old_logps, mask = inputs["old_per_token_logps"], inputs["completion_mask"].bool()
+        assert torch.equal(behaviour_logps, old_logps)
+        ratio = (old_logps - inputs["sampling_per_token_logps"]).nan_to_num(0).exp()
+        torch.testing.assert_close(inputs["importance_sampling_ratio"][mask], ratio.clamp(max=3.0)[mask])
+    assert counts["policy"] == 4 + 2
+    assert "sampling/importance_sampling_ratio/mean" in trainer.state.log_history[0]
+    assert not [record for record in caplog.records if record.name.startswith("trl_ext")]

@@ -111,6 +111,7 @@ def test_prompts_made_by_a_transform_are_found(path, tmp_path):
         ({"delta": 1.5}, "delta=1.5 has no effect"),
         ({"trust_region_radius": 12.5}, "never binds"),
         ({"top_p": 0.9}, "sample with top_p=1.0"),
+        ({"trust_region_anchor": "old_policy"}, "leave trust_region_anchor at 'sampler'"),
     ],
 )
 def test_settings_without_effect_bring_one_warning(path, tmp_path, caplog, settings, message):

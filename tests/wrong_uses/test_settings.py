@@ -60,6 +60,7 @@ TRAINING = [
 OWN = {
     "drpo": [
         ({"trust_region": "DRPO"}, "is unknown: set it to one of 'drpo', 'spo'"),
+        ({"trust_region_anchor": "policy"}, "is unknown: set it to one of 'sampler', 'old_policy'"),
         ({"trust_region": None}, r"has the wrong type \(NoneType\): set it to a string"),
         ({"trust_region_radius": "0.1"}, r"has the wrong type \(str\): set it to a number or None"),
         ({"trust_region_radius": True}, r"has the wrong type \(bool\)"),

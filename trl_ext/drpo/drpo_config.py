@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from trl_ext.arguments import check_policy_loss_args, check_values
+from trl_ext.arguments import check_choice, check_policy_loss_args, check_values
 from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region
+
+
+ANCHORS = ("sampler", "old_policy")
 
 
 @dataclass
@@ -22,6 +25,11 @@ class DRPOConfig(GRPOConfig):
             Radius of the region: in absolute probability for `"drpo"` and `"dppo_tv"`, in |ratio - 1| for `"spo"`, in
             nats for `"dppo_kl"`. `None` takes the region's default: 0.5, 0.15, 0.2 and 0.05. With the 12.5 of the
             DRPO paper the region never binds, because a probability cannot shift by more than 1.
+        trust_region_anchor (`str`, *optional*, defaults to `"sampler"`):
+            What the region is around, where the rollout has the sampler's log-probabilities (vLLM, `rollout_func`).
+            `"sampler"`: the policy that drew the tokens, as in the paper. `"old_policy"`: the training model before
+            the rollout batch's first update, as in GRPO; TRL's importance sampling correction
+            (`vllm_importance_sampling_mode`) then weighs the loss by the old policy's ratio to vLLM's.
         dppo_ratio_cap (`float`, *optional*):
             Upper bound of the ratio as a weight of the gradient, for `"dppo_tv"` and `"dppo_kl"`. The authors' code
             uses 3 to 20; `None` leaves the ratio as it is, like the paper's objective.
@@ -48,6 +56,15 @@ class DRPOConfig(GRPOConfig):
             + "."
         },
     )
+    trust_region_anchor: str = field(
+        default="sampler",
+        metadata={
+            "help": "What the trust region is around, where the rollout has the sampler's log-probabilities: "
+            "'sampler' (the policy that drew the tokens) or 'old_policy' (the training model before the rollout "
+            "batch's first update, with TRL's importance sampling correction for vLLM's difference from it).",
+            "choices": list(ANCHORS),
+        },
+    )
     dppo_ratio_cap: float | None = field(
         default=None,
         metadata={
@@ -66,6 +83,7 @@ def check_drpo_args(args: GRPOConfig, owner: str) -> None:
     """Raises a `ValueError`, which says how to fix it, for settings that DRPO cannot honour."""
     check_policy_loss_args(args, owner)
     check_trust_region(args)
+    check_choice("trust_region_anchor", args.trust_region_anchor, ANCHORS)
     cap = args.dppo_ratio_cap
     if cap is not None and not cap >= 1:
         raise ValueError(f"dppo_ratio_cap={cap} would weaken on-policy tokens too: set it to 1 or more, or to None.")

@@ -34,7 +34,8 @@ class DRPOTrainer(PolicyLossTrainer):
 
     \\( \mu \\) is the policy that sampled the tokens: the sampler's own log-probabilities where the rollout has them
     (vLLM, `rollout_func`), else the old log-probabilities of the training model, else the current ones. There is no
-    further importance sampling correction.
+    further importance sampling correction, unless `args.trust_region_anchor="old_policy"` asks for the old
+    log-probabilities in place of the sampler's.
 
     Takes the arguments of [`~trl.GRPOTrainer`], in the same order; `args` may be a plain [`~trl.GRPOConfig`].
 
@@ -56,7 +57,6 @@ class DRPOTrainer(PolicyLossTrainer):
     """
 
     config_class = DRPOConfig
-    anchored_to_sampler = True
 
     _tag_names = ["trl", "trl_ext", "drpo"]  # noqa: RUF012 - TRL's own form
     _name = "DRPO"
@@ -81,6 +81,9 @@ class DRPOTrainer(PolicyLossTrainer):
     def check_args(cls, args: GRPOConfig) -> None:
         check_drpo_args(args, cls.__name__)
 
+    def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
+        self.anchored_to_sampler = args.trust_region_anchor == "sampler"
+
     def policy_loss(
         self,
         per_token_logps: torch.Tensor,
@@ -99,11 +102,18 @@ class DRPOTrainer(PolicyLossTrainer):
     def warn_about_args(self) -> None:
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
-        if changed := changed_settings(self.args, VLLM_CORRECTION_SETTINGS if self.use_vllm else ()):
+        corrected_by_ratio = self.use_vllm and self.anchored_to_sampler
+        if changed := changed_settings(self.args, VLLM_CORRECTION_SETTINGS if corrected_by_ratio else ()):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             logger.warning(
                 f"{settings} has no effect in {type(self).__name__}, whose ratio is against vLLM's own "
                 "log-probabilities and needs no correction: leave it out."
+            )
+        if self.rollout_func is not None and not self.use_vllm and not self.anchored_to_sampler:
+            logger.warning(
+                "trust_region_anchor='old_policy' leaves out the log-probabilities that rollout_func may return, and "
+                "TRL corrects for those of vLLM alone: leave trust_region_anchor at 'sampler' unless rollout_func "
+                "samples from the training model."
             )
         self.warn_of_biased_ratio()
         if not self.sampled_elsewhere and self.args.gradient_accumulation_steps % self._generate_every == 0:

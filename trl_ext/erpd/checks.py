@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings, check_policy_loss_args
+from trl_ext.arguments import changed_settings, check_choice, check_policy_loss_args
 from trl_ext.erpd.extraction import EXTRACTION_LOSSES
 from trl_ext.erpd.schedule import LearningRate, as_list, as_text
 from trl_ext.erpd.stored_rollouts import count_rollouts, has_stored_rollouts
@@ -70,8 +70,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     check_policy_loss_args(args, owner)
     for name, choices in CHOICES.items():
         for value in as_list(getattr(args, name)):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown: set it to one of {', '.join(map(repr, choices))}.")
+            check_choice(name, value, choices)
     losses, signals, weights = as_list(args.extraction_loss), as_list(args.signal), args.signal_weights
     if not losses:
         raise ValueError("extraction_loss is empty, so that there is no teacher: set it to 'ce', for example.")

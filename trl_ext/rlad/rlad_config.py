@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from trl_ext.arguments import check_policy_loss_args, check_values
+from trl_ext.arguments import check_choice, check_policy_loss_args, check_values
 from trl_ext.losses import DISTILLATIONS
 from trl_ext.teacher.settings import TeacherSettings
 from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region
@@ -137,10 +137,7 @@ def check_rlad_args(args: GRPOConfig, owner: str) -> None:
     check_policy_loss_args(args, owner)
     check_trust_region(args)
     for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} is unknown: set it to one of {', '.join(map(repr, choices))}."
-            )
+        check_choice(name, getattr(args, name), choices)
     for name in ("teacher_mixture_alpha", "teacher_mixture_alpha_end"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from trl_ext.arguments import changed_settings
+from trl_ext.arguments import changed_settings, check_choice
 from trl_ext.losses import GUIDANCE_SCHEDULES, OUTLIER_LOSSES
 from trl_ext.teacher import Teacher
 from trl_ext.tropd.objective import OBJECTIVES, objective_of, unused_settings
@@ -37,10 +37,7 @@ NEVER_READ = {
 def check_tropd_args(args: Any) -> None:
     """Raises a `ValueError` for settings that TrOPD cannot honour."""
     for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} is unknown: set it to one of {', '.join(map(repr, choices))}."
-            )
+        check_choice(name, getattr(args, name), choices)
     for name in ("outlier_top_k", "eopd_top_k", "num_generations", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to compute: set it to 1 or more.")
