@@ -129,6 +129,28 @@ POLICY_GRADIENT = {
 BY_RATE = {
     (method, rate): policy_gradient(method, 8, 2, learning_rate=rate) for rate in RATES for method in ("grpo", "drpo")
 }
+# On another copy of the policy, each beside the default on the same copy
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "`extraction_loss='ce'`": {"extraction_loss": "ce"},
+    "`extraction_loss='sapo'`": {"extraction_loss": "sapo"},
+    "two teachers, `['ce', 'mse']`": {"extraction_loss": ["ce", "mse"]},
+    "`distillation_anchor='pass'`": {"distillation_anchor": "pass"},
+    "`trust_region='drpo'`, radius 0.5": {"trust_region": "drpo", "trust_region_radius": 0.5},
+    "`trust_region='drpo'`, radius 0.15": {"trust_region": "drpo", "trust_region_radius": 0.15},
+    "4 rounds of 512 rollouts": {"rounds": 4, "prompts_per_round": 64},
+}
+SECOND: dict[str, Run] = {
+    **{
+        f"ERPD, {name}": run("erpd", {**CENTRE, **UNLEARNED, **BEST, **change}, final=False)
+        for name, change in ELSEWHERE.items()
+    },
+    **{
+        f"{method.upper()}, {n} phase{'s' * (n > 1)}": run(method, found.stages[0].settings, final=False)
+        for (method, n), found in POLICY_GRADIENT.items()
+    },
+}
+SECOND = {name: Run(**{**vars(run), "copy": "second", "group": "second copy"}) for name, run in SECOND.items()}
 FINALISTS = {
     "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, group="finalists"),
     "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, group="finalists"),
@@ -151,6 +173,7 @@ RUNS = [
     *SMALL,
     *CHANGED.values(),
     *IN_ROUNDS.values(),
+    *SECOND.values(),
     *ROWS.values(),
     *BASE.values(),
     *POLICY_GRADIENT.values(),
