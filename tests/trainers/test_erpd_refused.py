@@ -83,7 +83,12 @@ def test_more_settings_that_cannot_be_honoured(tmp_path, overrides, message):
             "cannot use train_dataset=IterableDataset: pass a datasets.Dataset",
         ),
         ({}, None, "cannot use train_dataset=NoneType"),
-        ({}, tiny.prompts().add_column("image", [None] * 32), "keeps the tokens of its rollouts but no images"),
+        pytest.param(
+            {},
+            tiny.prompts().add_column("image", [None] * 32),
+            "keeps the tokens of its rollouts but no images",
+            marks=pytest.mark.supports("erpd", "vision-language model", refused=True),
+        ),
     ],
 )
 def test_data_that_cannot_be_honoured_is_refused_before_anything_is_loaded(tmp_path, overrides, dataset, message):

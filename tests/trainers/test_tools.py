@@ -12,10 +12,18 @@ import torch
 import trl
 from datasets import Dataset
 
-from trl_ext import DRPOConfig, DRPOTrainer, RLADConfig, RLADTrainer
+from trl_ext import DRPOConfig, DRPOTrainer, ERPDConfig, ERPDTrainer, RLADConfig, RLADTrainer
 
 
-TRAINERS = ("drpo", "rlad")
+CLASSES = {
+    "drpo": (DRPOTrainer, DRPOConfig),
+    "rlad": (RLADTrainer, RLADConfig),
+    "erpd": (ERPDTrainer, ERPDConfig),
+}
+# One update for each of the two teachers, and one of the distilled policy
+OWN_SETTINGS = {
+    "erpd": {"max_steps": -1, "prompts_per_round": 2, "extraction_passes": 1, "distillation_passes": 1},
+}
 TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 17, "b": 4}}\n</tool_call><|im_end|>'
@@ -65,10 +73,11 @@ def tokenizer():
 def make_trainer(name, tmp_path, rewards, prompts, processing_class, **arguments):
     vocabulary = {"vocab_size": len(processing_class), "eos_token_id": processing_class.eos_token_id}
     vocabulary["max_position_embeddings"] = 2048
-    trainer_class, config_class = {"drpo": (DRPOTrainer, DRPOConfig), "rlad": (RLADTrainer, RLADConfig)}[name]
+    trainer_class, config_class = CLASSES[name]
     if name == "rlad":
         arguments["teacher_model"] = tiny.policy(seed=1, **vocabulary)
-    settings = tiny.grpo_settings(tmp_path, max_completion_length=256, max_steps=2, num_iterations=1)
+    settings = {"max_completion_length": 256, "max_steps": 2, "num_iterations": 1, **OWN_SETTINGS.get(name, {})}
+    settings = tiny.grpo_settings(tmp_path, **settings)
     model = tiny.policy(**vocabulary)
     return trainer_class(
         model, rewards, config_class(**settings), prompts, processing_class=processing_class, **arguments
@@ -135,7 +144,7 @@ def assert_teacher_scored_in_context(trainer, batch):
     torch.testing.assert_close(batch["teacher_per_token_logps"][own], expected[own], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.supports(n, "tool loop")) for n in TRAINERS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.supports(n, "tool loop")) for n in CLASSES])
 def test_tool_loop(tmp_path, name):
     def brevity(completions, **kwargs):
         return [-float(len(str(completion))) for completion in completions]
@@ -153,7 +162,7 @@ def test_tool_loop(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.supports(n, "environment_factory")) for n in TRAINERS]
+    "name", [pytest.param(n, marks=pytest.mark.supports(n, "environment_factory")) for n in CLASSES]
 )
 def test_environment_factory(tmp_path, name):
     """The environment has the tool and the reward; no reward function is given."""
@@ -171,7 +180,7 @@ def test_environment_factory(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.supports(n, "multi-turn rollout_func")) for n in TRAINERS]
+    "name", [pytest.param(n, marks=pytest.mark.supports(n, "multi-turn rollout_func")) for n in CLASSES]
 )
 def test_rollout_func_of_two_turns(tmp_path, name):
     """The policy writes, the environment replies, and the policy writes again, with the log-probabilities of both."""
@@ -203,7 +212,10 @@ def test_rollout_func_of_two_turns(tmp_path, name):
             assert batch["behaviour_logps"] is batch["sampling_per_token_logps"]
             missing = (~batch["behaviour_logps"].isfinite())[own].float().mean()
             assert 0.05 < missing < 0.25  # every fifth token of a turn is not scored
-        else:
+        elif name == "rlad":
             assert_teacher_scored_in_context(trainer, batch)
+        else:
+            expected = tiny.naive_logps(start_of(trainer), batch).detach()
+            torch.testing.assert_close(batch["base_logps"][own], expected[own], rtol=1e-4, atol=1e-4)
     for (parameter, ours), start in zip(trainer.model.named_parameters(), start_of(trainer).parameters(), strict=True):
         assert not torch.equal(ours, start), parameter

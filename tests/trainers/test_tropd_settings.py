@@ -129,7 +129,12 @@ def test_settings_that_cannot_be_honoured(tmp_path, overrides, message):
         (sums(completions=False), {"lmbda": 0.5}, "set lmbda=1.0"),
         (Dataset.from_dict({"prompt": ["1"], "completion": [None]}), {"guidance": "dataset"}, "the first row"),
         (Dataset.from_list([{"messages": [{"role": "user", "content": "1"}]}]), {"lmbda": 0.5}, "the first row"),
-        (sums().add_column("image", [None] * 32), {}, "reads text only"),
+        pytest.param(
+            sums().add_column("image", [None] * 32),
+            {},
+            "reads text only",
+            marks=pytest.mark.supports("tropd", "vision-language model", refused=True),
+        ),
     ],
 )
 def test_datasets_are_checked_before_anything_is_loaded(tmp_path, dataset, overrides, message):
