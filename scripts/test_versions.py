@@ -5,8 +5,8 @@ Runs the tests with the lowest versions that pyproject.toml allows, or with the 
     python scripts/test_versions.py newest
     python scripts/test_versions.py lowest --instead torch==2.13.0   # where the lowest has no build for this machine
 
-Makes a virtual environment (`.venv-lowest`, `.venv-newest`), prints its versions, and runs `pytest -m "not slow"` in
-it. Arguments after `--` go to pytest instead. The exit status is pytest's.
+Makes a virtual environment (`.venv-lowest`, `.venv-newest`), prints its versions, and runs the whole suite in it, with
+the arguments for pytest that stand after `--`. The exit status is pytest's.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("test", "math", "plots", "server")  # DeepSpeed is for the slow tests, and compiles when it is installed
+EXTRAS = ("test", "math", "plots", "server", "deepspeed")
 
 
 def requirements() -> list[str]:
@@ -41,7 +41,8 @@ def main() -> int:
         "--instead", nargs="+", default=[], help="requirements that replace those of the same packages"
     )
     parser.add_argument("--folder", type=Path, help="of the virtual environment; one that exists is used as it is")
-    own, pytest_arguments = sys.argv[1:], ["-m", "not slow"]
+    own: list[str] = sys.argv[1:]
+    pytest_arguments: list[str] = []
     if "--" in own:
         own, pytest_arguments = own[: own.index("--")], own[own.index("--") + 1 :]
     flags = parser.parse_args(own)

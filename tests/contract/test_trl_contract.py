@@ -157,7 +157,8 @@ def test_config_fields():
     }
     assert relied_on <= names, f"GRPOConfig lost {relied_on - names}"
     ours = {field.name for field in fields(DRPOConfig)} - names
-    assert ours == {"trust_region", "trust_region_radius", "dppo_ratio_cap"}, "TRL took one of our names"
+    own = {"trust_region", "trust_region_radius", "trust_region_anchor", "dppo_ratio_cap"}
+    assert ours == own, "TRL took one of our names"
 
 
 def test_a_clip_beyond_every_ratio_is_a_constant_without_a_gradient():
