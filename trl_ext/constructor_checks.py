@@ -51,7 +51,10 @@ def check_training_arguments(
     for callback in _listed("callbacks", callbacks, "a list of TrainerCallback"):
         cls = callback if isinstance(callback, type) else type(callback)
         if not issubclass(cls, TrainerCallback):
-            raise TypeError(f"`callbacks` must be TrainerCallback classes or instances, got {_kind(callback)}.")
+            raise TypeError(
+                f"`callbacks` must be TrainerCallback classes or instances, got {_kind(callback)}: pass a subclass of "
+                "transformers.TrainerCallback, or an instance of one."
+            )
     if not (isinstance(optimizers, tuple) and len(optimizers) == 2):
         raise TypeError(
             f"`optimizers` must be a pair of an optimizer and a scheduler, either of which may be None, got "

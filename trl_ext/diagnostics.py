@@ -51,13 +51,19 @@ class Check:
     below: bool = False
 
 
+FEWER_UPDATES = "lower learning_rate, num_iterations or steps_per_generation (in ERPD: distillation_passes)"
+SAME_SAMPLING = (
+    "check that the sampler has the current weights and the same precision, top_p=1.0 and top_k=0, and that "
+    "temperature is not set in generation_kwargs"
+)
+
 ENTROPY = Check(
     "entropy_share",
     "entropy/start",
     ("entropy",),
     "min_entropy_share",
     "The entropy has collapsed to {value:.0%} of its value at the start, so that the rollouts hardly differ any more",
-    "lower learning_rate or the number of updates per rollout batch, or raise entropy_coef or beta",
+    "lower learning_rate or the number of updates per rollout batch, or (but in TrOPD) raise entropy_coef or beta",
     extraction_remedy="lower extraction_learning_rate or extraction_passes",
     per_start=True,
     below=True,
@@ -67,9 +73,10 @@ OUTSIDE = Check(
     "outside",
     ("outside_region/positive", "outside_region/negative"),
     "max_outside_share",
-    "{value:.0%} of the tokens are outside the trust region ({start:.0%} at the start), because the policy is far "
-    "from the one that sampled the rollouts",
-    "lower learning_rate, num_iterations or steps_per_generation",
+    "{value:.0%} of the tokens are outside the trust region ({start:.0%} at the start): the policy is far from the "
+    "one that the region is around",
+    f"{FEWER_UPDATES}; where the share was as high at the start, the sampler or the teacher is far from the policy: "
+    "raise trust_region_radius, or teacher_mixture_alpha in RLAD",
 )
 CLIPPED = Check(
     "outside_share",
@@ -77,7 +84,7 @@ CLIPPED = Check(
     ("clip_ratio/region_mean",),
     "max_outside_share",
     OUTSIDE.sentence,
-    "lower learning_rate, num_iterations or steps_per_generation, in ERPD distillation_passes",
+    FEWER_UPDATES,
 )
 VETOES = Check(
     "veto_share",
@@ -103,9 +110,8 @@ SAMPLER = Check(
     "max_fresh_log_ratio",
     "Before any update the trainer's log-probabilities differ from the sampler's by {value:.3f} nats per token on "
     "average: they do not compute the same policy",
-    "check that the sampler has the current weights, the same precision, temperature=1.0, top_p=1.0 and top_k=0",
-    extraction_remedy="check that the sampler has the current weights, the same precision, temperature=1.0, top_p=1.0 "
-    "and top_k=0; with stored rollouts of another policy this is expected",
+    SAME_SAMPLING,
+    extraction_remedy=f"{SAME_SAMPLING}; with stored rollouts of another policy this is expected",
 )
 GROUPS = Check(
     "groups_without_signal",
@@ -122,7 +128,7 @@ CUT = Check(
     ("completions/clipped_ratio",),
     "max_cut_share",
     "{value:.0%} of the completions are cut off at the length limit, before their answer",
-    "raise max_completion_length (max_new_tokens in TrOPD), or set mask_truncated_completions=True",
+    "raise max_completion_length, or set mask_truncated_completions=True (in TrOPD: raise max_new_tokens)",
 )
 CHECKS = (ENTROPY, SAMPLER, OUTSIDE, CLIPPED, VETOES, OUTLIERS, GROUPS, CUT)
 SHOWN = {"reward": "reward", "teacher/kl": "KL to teacher", "loss": "loss"}  # of each log, beside the checks

@@ -56,9 +56,12 @@ def checked_token_loss(result: Any, logps: torch.Tensor, owner: str) -> TokenLos
 
 
 def check_sampler_logps(
-    accelerator: Accelerator, completion_ids: list[list[int]], sampler_logps: list[list] | None
+    accelerator: Accelerator, completion_ids: list[list[int]], sampler_logps: list[list] | None, required: bool = False
 ) -> None:
-    """Raises a `ValueError` on all processes for log-probabilities that cannot be the sampler's."""
+    """
+    Raises a `ValueError` on all processes for log-probabilities that cannot be the sampler's, or for missing ones
+    where they are `required`.
+    """
     fault = 0
     if sampler_logps is None:
         fault = 1
@@ -72,6 +75,11 @@ def check_sampler_logps(
         raise ValueError(
             "The rollouts of some processes have log-probabilities and those of others have none: return them "
             "from rollout_func on all, or None on all."
+        )
+    if required and 1 in faults:
+        raise ValueError(
+            "TRL's importance sampling correction needs the sampler's log-probabilities: return them from "
+            "rollout_func as 'logprobs', or set vllm_importance_sampling_correction=False."
         )
     if 2 in faults:
         raise ValueError(

@@ -173,7 +173,9 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     def warn_of_biased_ratio(self) -> None:
         """Warns about sampling settings that change that engine's log-probabilities but not the training model's."""
-        if self.sampled_elsewhere and (names := sampling_that_biases_the_ratio(self.args)):
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        elsewhere = self.sampled_elsewhere or corrected
+        if elsewhere and (names := sampling_that_biases_the_ratio(self.args)):
             logger.warning(
                 f"The sampler's log-probabilities depend on {', '.join(names)} and the training model's do not, which "
                 "biases the ratio between them: sample with top_p=1.0, top_k=0, min_p=None and "
@@ -350,12 +352,14 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         metrics = dict(token_loss.metrics)
         if sampler_logps is not None:
             metrics["sampling/missing_logps"] = (~sampler_logps.isfinite()).float()
-        if "sampling_per_token_logps" in inputs and self.model.training and self._is_fresh:
-            # Whether or not the ratio is against them: it shows that sampler and trainer disagree
-            metrics["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, inputs["sampling_per_token_logps"])
+        sampled = inputs.get("sampling_per_token_logps")
+        if sampled is not None and sampled.shape == logps.shape and self.model.training and self._is_fresh:
+            # Whether or not the ratio is against them: it shows that sampler and trainer disagree. Placeholders of a
+            # rollout_func that nothing is computed from may have another shape.
+            metrics["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, sampled)
         self._token_metrics["train" if self.model.training else "eval"].update(metrics, mask)
 
-        # TRL's own ratio weighs the KL term, and would be inf or NaN for impossible tokens
+        # TRL's own ratio weights the KL term, and would be inf or NaN for impossible tokens
         behaviour_logps = self.kl_behaviour_logps(logps if behaviour_logps is None else behaviour_logps, inputs)
         inputs["old_per_token_logps"] = bounded_behaviour_logps(logps, behaviour_logps)
         inputs["advantages"] = token_loss.loss
@@ -380,8 +384,9 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     def _generate(self, prompts: list):
         outputs = super()._generate(prompts)
         completion_ids, sampler_logps = outputs[1], outputs[4]
-        if self._uses_sampler_logps:
-            check_sampler_logps(self.accelerator, completion_ids, sampler_logps)
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        if self._uses_sampler_logps or corrected:
+            check_sampler_logps(self.accelerator, completion_ids, sampler_logps, required=corrected)
         # The next pass of the model is the old policy's, where TRL makes one
         makes_old_pass = self.args.gradient_accumulation_steps % self._generate_every != 0
         has_old_logps = self._uses_sampler_logps and sampler_logps is not None

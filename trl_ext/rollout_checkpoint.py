@@ -29,6 +29,9 @@ class RolloutCheckpoints(WholeCheckpoints):
     _step: int
     num_iterations: int
     beta: float
+    use_vllm: bool
+    vllm_importance_sampling_correction: bool
+    _uses_sampler_logps: bool
 
     @property
     def _generate_every(self) -> int:
@@ -73,6 +76,9 @@ class RolloutCheckpoints(WholeCheckpoints):
         return {
             "num_processes": self.accelerator.num_processes,
             "reference": self.beta != 0.0,
+            # Whether the batches have TRL's correction of the sampler, and the old log-probabilities that it needs
+            "corrected": self.use_vllm and self.vllm_importance_sampling_correction,
+            "sampler_logps": self._uses_sampler_logps,
             "global_step": self.state.global_step,
             **{name: getattr(self.args, name) for name in names},
         }
@@ -109,7 +115,7 @@ def load_rollouts(
         changes = ", ".join(f"{k} {theirs.get(k)} -> {run.get(k)}" for k in run if theirs.get(k) != run.get(k))
         logger.warning(
             f"The checkpoint's rollouts do not fit this run ({changes}), so that new ones are sampled: it resumes, "
-            "but not exactly."
+            "but not exactly. To resume exactly, restore these settings."
         )
         return None
     return read_batches(path, device), int(read_metadata(path)["step"])

@@ -1,11 +1,11 @@
 """
 ERPD on math problems: extract from one set of rollouts, then distil into the policy they came from.
 
-Needs a GPU: accelerate launch examples/quickstart/erpd.py
+Meant for a GPU, where it has not been run yet: accelerate launch examples/quickstart/erpd.py
 """
 
 from datasets import load_dataset
-from trl.rewards import accuracy_reward  # pip install math-verify
+from trl.rewards import accuracy_reward  # needs math-verify: pip install ".[math]"
 
 from trl_ext import ERPDConfig, ERPDTrainer
 
@@ -16,8 +16,8 @@ trainer = ERPDTrainer(
     reward_funcs=accuracy_reward,
     args=ERPDConfig(
         output_dir="erpd_quickstart",
-        prompts_per_round=256,
-        num_generations=16,
+        prompts_per_round=512,  # more prompts rather than more rollouts of each
+        num_generations=8,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=4,  # 64 rollouts per update: many small updates go further than few large ones
         num_generations_eval=1,

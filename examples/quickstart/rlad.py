@@ -1,11 +1,11 @@
 """
 GRPO with a teacher in its ratio, on math problems.
 
-Needs a GPU: accelerate launch examples/quickstart/rlad.py
+Meant for a GPU, where it has not been run yet: accelerate launch examples/quickstart/rlad.py
 """
 
 from datasets import load_dataset
-from trl.rewards import accuracy_reward  # pip install math-verify
+from trl.rewards import accuracy_reward  # needs math-verify: pip install ".[math]"
 
 from trl_ext import RLADConfig, RLADTrainer
 

@@ -1,7 +1,7 @@
 """
 Distil a teacher into a student, on the student's own samples.
 
-Needs a GPU: accelerate launch examples/quickstart/tropd.py
+Meant for a GPU, where it has not been run yet: accelerate launch examples/quickstart/tropd.py
 """
 
 from datasets import load_dataset

@@ -242,6 +242,8 @@ def test_hostile_penalties_stay_finite(estimator, student, teacher):
     output.loss.sum().backward()
     assert output.loss.isfinite().all()
     assert logps.grad.isfinite().all()
+    if math.isfinite(teacher):  # a descent step never leads away from the teacher
+        assert logps.grad[0, 0] * (student - teacher) >= 0
     assert output.loss[0, 1:].tolist() == [0, 0]
     if not math.isfinite(teacher):
         assert output.loss[0, 0] == logps.grad[0, 0] == 0

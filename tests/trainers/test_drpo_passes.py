@@ -33,6 +33,17 @@ def test_scores_that_are_placeholders_bring_a_warning(path, tmp_path, caplog):
     assert "or logprobs=None for the trainer to compute them" in caplog.text
 
 
+def test_placeholders_that_nothing_is_computed_from_may_have_any_length(path, tmp_path):
+    """As in GRPO: around the old policy, without vLLM, a rollout function's log-probabilities have no use."""
+
+    def rollout(prompts, trainer):
+        return {**tiny.rollout(prompts, trainer), "logprobs": [[0.0] for _ in prompts]}
+
+    trainer = make_trainer(path, tmp_path, rollout_func=rollout, trust_region_anchor="old_policy")
+    trainer.train()
+    assert not any("sampling/fresh_log_ratio_abs" in log for log in trainer.state.log_history)
+
+
 # ---- forward passes
 
 
@@ -177,3 +188,29 @@ def test_around_the_old_policy_trl_corrects_for_vllm(path, tmp_path, monkeypatch
     assert counts["policy"] == 4 + 2
     assert "sampling/importance_sampling_ratio/mean" in trainer.state.log_history[0]
     assert not [record for record in caplog.records if record.name.startswith("trl_ext")]
+
+
+def test_a_correction_without_the_samplers_log_probabilities_is_one_clear_sentence(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **kwargs: None)
+    settings = {"use_vllm": True, "vllm_mode": "colocate", "trust_region_anchor": "old_policy"}
+    trainer = make_trainer(path, tmp_path, rollout_func=unscored_rollout, **settings)
+    trainer.vllm_generation = StubEngine(trainer)
+    with pytest.raises(ValueError, match="or set vllm_importance_sampling_correction=False"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "whose ratio is against vLLM's own log-probabilities"),
+        ({"vllm_importance_sampling_correction": False}, "with vllm_importance_sampling_correction=False"),
+        ({"trust_region_anchor": "old_policy", "top_p": 0.9}, "sample with top_p=1.0"),
+    ],
+)
+def test_settings_of_the_correction_that_have_no_effect(path, tmp_path, monkeypatch, caplog, settings, message):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **kwargs: None)
+    settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_mask", **settings}
+    make_trainer(path, tmp_path, **settings)
+    warnings = [record.message for record in caplog.records if record.name.startswith("trl_ext")]
+    assert len(warnings) == 1
+    assert message in warnings[0]

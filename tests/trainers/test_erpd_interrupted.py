@@ -103,6 +103,41 @@ def test_an_interruption_in_a_later_round(path, tmp_path):
     assert_equal(parameters(resumed), parameters(two_rounds))
 
 
+def test_rollouts_of_a_later_round_are_not_used_for_another_policy(path, tmp_path, caplog):
+    """Round 1 ends differently with another `beta`, so that its policy has not sampled what there is of round 2."""
+    saving = {"rounds": 2, "save_strategy": "steps", "save_steps": 6}
+    with pytest.raises(RuntimeError):
+        train(path, tmp_path, RewardThatFails(fails_in=4 + 2), **saving)
+    reward = RewardThatFails()
+    train(path, tmp_path, reward, resume=str(tmp_path / "checkpoint-6"), beta=0.1, **saving)
+    assert "do not fit this run (beta 0.0 -> 0.1)" in caplog.text
+    assert reward.judged == 4
+
+
+def test_a_run_from_the_start_leaves_no_later_round_to_be_taken_for_its_own(path, tmp_path, caplog):
+    with pytest.raises(RuntimeError):
+        train(path, tmp_path, RewardThatFails(fails_in=4 + 2), rounds=2)
+    assert (tmp_path / "round-2" / "rollouts" / "generation-00001").exists()
+    train(path, tmp_path, RewardThatFails(), rounds=1)
+    assert "of a later round of an earlier run" in caplog.text
+    assert not (tmp_path / "round-2" / "rollouts").exists()
+    assert (tmp_path / "round-2" / "rollouts.old" / "generation-00001").exists()
+
+
+def test_the_trainer_that_was_interrupted_can_resume_from_an_earlier_pass(path, tmp_path):
+    saving = {"rounds": 2, "save_strategy": "steps", "save_steps": 6}
+    whole = train(path, tmp_path / "whole", RewardThatFails(), **saving)
+    reward = RewardThatFails(fails_in=4 + 2)
+    args = ERPDConfig(**settings(tmp_path / "run", extraction_passes=1, distillation_passes=1, **saving))
+    trainer = ERPDTrainer(path, reward, args, tiny.prompts())
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    reward.fails_in = None
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert_equal(parameters(trainer), parameters(whole))
+
+
 def test_a_set_that_is_complete_is_not_sampled_again(path, tmp_path, whole):
     class Fails(ERPDTrainer):
         def training_step(self, *args):

@@ -118,6 +118,16 @@ def test_rollouts_that_do_not_fit_the_run_are_not_used(path, tmp_path, caplog, c
     assert resumed.state.global_step == 6
 
 
+def test_rollouts_without_what_another_anchor_needs_are_not_used(path, tmp_path, caplog):
+    """They have no old log-probabilities, because the ratio was against the sampler's."""
+    settings = {"num_iterations": 4, "rollout_func": tiny.rollout}
+    run(path, tmp_path, **settings)
+    resume = str(tmp_path / "checkpoint-2")
+    run(path, tmp_path / "resumed", resume=resume, trust_region_anchor="old_policy", **settings)
+    assert "sampler_logps True -> False" in caplog.text
+    assert "restore these settings" in caplog.text
+
+
 def test_rollouts_of_another_number_of_processes_are_not_used(path, tmp_path, caplog):
     trainer = run(path, tmp_path, num_iterations=2)
     folder, identity = str(tmp_path / "checkpoint-3"), {**trainer._run_identity(), "global_step": 3}

@@ -80,6 +80,19 @@ def test_the_top_share_is_that_of_the_least_certain_tokens():
     assert (entropy >= least_of_top_share(entropy, 0.25)).tolist() == [[False, True, False, False, False]]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.3, 0.7, 1.0])
+def test_the_least_certain_tokens_are_those_above_the_quantile(share):
+    entropies = torch.rand(5, 11, generator=torch.Generator().manual_seed(0))
+    entropies[1:3, 4:] = torch.nan
+    expected = entropies >= torch.nanquantile(entropies, 1 - share)
+    assert torch.equal(entropies >= least_of_top_share(entropies, share), expected)
+
+
+def test_a_step_without_tokens_of_the_students_has_no_least_certain_ones():
+    assert least_of_top_share(torch.empty(0), 0.2).isnan()
+    assert least_of_top_share(torch.full((4,), torch.nan), 0.2).isnan()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_average_their_gradients(tmp_path, monkeypatch, processes):
     """The loss of a process is the sum over its tokens, divided by the mean number of tokens per process."""

@@ -29,7 +29,7 @@ class DRPOConfig(GRPOConfig):
             What the region is around, where the rollout has the sampler's log-probabilities (vLLM, `rollout_func`).
             `"sampler"`: the policy that drew the tokens, as in the paper. `"old_policy"`: the training model before
             the rollout batch's first update, as in GRPO; TRL's importance sampling correction
-            (`vllm_importance_sampling_mode`) then weighs the loss by the old policy's ratio to vLLM's.
+            (`vllm_importance_sampling_mode`) then weights the loss by the old policy's ratio to vLLM's.
         dppo_ratio_cap (`float`, *optional*):
             Upper bound of the ratio as a weight of the gradient, for `"dppo_tv"` and `"dppo_kl"`. The authors' code
             uses 3 to 20; `None` leaves the ratio as it is, like the paper's objective.

@@ -102,13 +102,16 @@ class DRPOTrainer(PolicyLossTrainer):
     def warn_about_args(self) -> None:
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
-        corrected_by_ratio = self.use_vllm and self.anchored_to_sampler
-        if changed := changed_settings(self.args, VLLM_CORRECTION_SETTINGS if corrected_by_ratio else ()):
+        corrects = self.vllm_importance_sampling_correction  # False where the ratio does it
+        if changed := changed_settings(self.args, VLLM_CORRECTION_SETTINGS if self.use_vllm and not corrects else ()):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-            logger.warning(
-                f"{settings} has no effect in {type(self).__name__}, whose ratio is against vLLM's own "
-                "log-probabilities and needs no correction: leave it out."
-            )
+            reason = "with vllm_importance_sampling_correction=False: leave it out, or remove that."
+            if self._uses_sampler_logps:
+                reason = (
+                    f"in {type(self).__name__}, whose ratio is against vLLM's own log-probabilities and needs no "
+                    "correction: leave it out."
+                )
+            logger.warning(f"{settings} has no effect {reason}")
         if self.rollout_func is not None and not self.use_vllm and not self.anchored_to_sampler:
             logger.warning(
                 "trust_region_anchor='old_policy' leaves out the log-probabilities that rollout_func may return, and "
@@ -118,7 +121,7 @@ class DRPOTrainer(PolicyLossTrainer):
         self.warn_of_biased_ratio()
         if not self.sampled_elsewhere and self.args.gradient_accumulation_steps % self._generate_every == 0:
             logger.warning(
-                "Every rollout batch is used for a single update of the policy that sampled it, so that the ratio is "
-                "1 and the trust region has no effect: to reuse rollouts, raise num_iterations or "
+                "Every rollout batch is used for a single update of the policy that the trust region is around, so "
+                "that the ratio is 1 and the region has no effect: to reuse rollouts, raise num_iterations or "
                 "steps_per_generation until their product is more than gradient_accumulation_steps."
             )

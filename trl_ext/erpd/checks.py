@@ -73,7 +73,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
             check_choice(name, value, choices)
     losses, signals, weights = as_list(args.extraction_loss), as_list(args.signal), args.signal_weights
     if not losses:
-        raise ValueError("extraction_loss is empty, so that there is no teacher: set it to 'ce', for example.")
+        raise ValueError("extraction_loss is empty, so that there is no teacher: set it to 'mse', for example.")
     if len(set(losses)) < len(losses):
         raise ValueError(f"extraction_loss={losses} would train the same teacher twice: name each once.")
     if len(signals) not in (1, len(losses)):
@@ -91,10 +91,11 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     for name in (*positive, "distillation_epsilon", "distillation_epsilon_high"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value} must be a positive number: set it to one.")
+            raise ValueError(f"{name}={value} must be positive and finite: set it above 0.")
     if not math.isfinite(args.outcome_advantage_weight):
         raise ValueError(
-            f"outcome_advantage_weight={args.outcome_advantage_weight} must be a finite number: set it to one."
+            f"outcome_advantage_weight={args.outcome_advantage_weight} must be finite: set it to 0 for the signal "
+            "alone, or to 0.5, for example."
         )
     if not 0 <= args.extraction_warmup_steps < math.inf:
         raise ValueError(

@@ -14,9 +14,9 @@ class ERPDConfig(GRPOConfig):
     r"""
     Configuration class for the [`ERPDTrainer`]: all of [`~trl.GRPOConfig`], and the two stages.
 
-    GRPO's own settings of the update (`learning_rate`, `lr_scheduler_type`, `warmup_steps`, `beta`, `epsilon`,
-    `loss_type`, ...) apply to stage 2, whose policy is the result. `num_generations` is the number of rollouts per
-    prompt; the paper uses 16.
+    GRPO's own settings of the update (`learning_rate`, `lr_scheduler_type`, `warmup_steps`, `beta`, `loss_type`, ...)
+    apply to stage 2, whose policy is the result; `epsilon` only with `distillation_epsilon=None`. `num_generations` is
+    the number of rollouts per prompt; the paper uses 16.
 
     Parameters:
         rounds (`int`, *optional*, defaults to `1`):
@@ -59,8 +59,8 @@ class ERPDConfig(GRPOConfig):
             Center of the trust region of stage 2: `"base"`, the base policy throughout; `"pass"`, the policy at the
             start of each pass over the set, which takes one more pass of scoring each time.
         trust_region (`str`, *optional*, defaults to `"ppo_clip"`):
-            Trust region of stage 2: `"ppo_clip"` (`distillation_epsilon`, `epsilon_high`, `delta`), or one of
-            [`DRPOConfig`]'s `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
+            Trust region of stage 2: `"ppo_clip"` (`distillation_epsilon`, `distillation_epsilon_high`, `delta`),
+            or one of [`DRPOConfig`]'s `"drpo"`, `"spo"`, `"dppo_tv"` and `"dppo_kl"` (`trust_region_radius`).
         trust_region_radius (`float`, *optional*):
             For all regions but `"ppo_clip"`, in the region's own unit. `None`: the default in [`DRPOConfig`].
         outcome_advantage_weight (`float`, *optional*, defaults to `0.5`):
@@ -142,8 +142,8 @@ class ERPDConfig(GRPOConfig):
     trust_region: str = field(
         default="ppo_clip",
         metadata={
-            "help": "Of stage 2: 'ppo_clip' (epsilon, epsilon_high, delta), or another region with its "
-            "trust_region_radius.",
+            "help": "Of stage 2: 'ppo_clip' (distillation_epsilon, distillation_epsilon_high, delta), or another "
+            "region with its trust_region_radius.",
             "choices": list(TRUST_REGIONS),
         },
     )

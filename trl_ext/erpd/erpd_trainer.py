@@ -46,10 +46,11 @@ class ERPDTrainer(PolicyLossTrainer):
 
     $$ s_t = \log \pi_E(y_t) - \log \pi_0(y_t), $$
 
-    normalized over the set, as a per-token advantage within a trust region:
+    normalized over the set, plus half of GRPO's outcome advantage, as a per-token advantage within a trust region:
 
-    $$ L = -\min\left( r_t s_t,\; \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon)\, s_t \right) + \beta\,
-    \mathrm{KL}(\pi \| \pi_0), \qquad r_t = \pi_t / \pi^\mathrm{anchor}_t $$
+    $$ L = -\min\left( r_t s_t,\;
+    \mathrm{clip}(r_t, 1 - \epsilon_\mathrm{low}, 1 + \epsilon_\mathrm{high})\, s_t \right)
+    + \beta\, \mathrm{KL}(\pi \| \pi_0), \qquad r_t = \pi_t / \pi^\mathrm{anchor}_t $$
 
     `train()` runs all rounds as one continuous run; at the end the model is the distilled policy. There is one model
     in memory, and a stage needs neither generation nor a teacher's forward pass. The two stages and the signals are

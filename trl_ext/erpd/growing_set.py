@@ -89,12 +89,27 @@ class GrowingSet:
         return ", ".join(f"{name} {theirs.get(name)} -> {self.identity[name]}" for name in names)
 
     def _set_aside(self, what: str) -> None:
-        if self.folder.exists() and self.accelerator.is_local_main_process:
-            old = self.folder.with_name("rollouts.old")
-            logger.warning(f"Rollouts {what}are kept in {old}, and the prompts are sampled again.")
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
+        if self.accelerator.is_local_main_process:
+            set_aside(self.folder, what)
         self.accelerator.wait_for_everyone()
+
+
+def set_aside(folder: Path, what: str) -> None:
+    """Renames a folder of rollouts, which are not to be used."""
+    if folder.exists():
+        old = folder.with_name("rollouts.old")
+        logger.warning(f"Rollouts {what}are kept in {old}, and the prompts are sampled again.")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+
+
+def set_aside_later_rounds(run_folder: str, accelerator: Accelerator) -> None:
+    """What a run leaves of later rounds must not be taken for those of a run that starts anew in its folder."""
+    if accelerator.is_local_main_process:
+        for folder in Path(run_folder).glob("round-*/rollouts"):
+            if folder != rollouts_folder(run_folder, 1):
+                set_aside(folder, "of a later round of an earlier run ")
+    accelerator.wait_for_everyone()
 
 
 def rollouts_folder(run_folder: str, round_number: int) -> Path:

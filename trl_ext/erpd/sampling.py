@@ -1,11 +1,14 @@
 """Where the fixed set of a round comes from: TRL's own rollouts, or rollouts that are stored in the data set."""
 
+from enum import Enum
+from typing import Any
+
 import torch
 from accelerate.logging import get_logger
 
 from trl_ext.erpd.extraction import EXTRACTION_LOSSES
 from trl_ext.erpd.fixed_set import FixedSet, RoundRollouts, Row, rows_of, share_out
-from trl_ext.erpd.growing_set import GrowingSet
+from trl_ext.erpd.growing_set import GrowingSet, set_aside_later_rounds
 from trl_ext.erpd.host import Host
 from trl_ext.erpd.schedule import as_list
 from trl_ext.losses import outcomes_of
@@ -13,18 +16,14 @@ from trl_ext.losses import outcomes_of
 
 logger = get_logger(__name__)
 
+# What the policy of a later round was trained with, beside the teachers, signals and passes in `Host.identity`
 POLICY_SETTINGS = (
-    "learning_rate",
-    "extraction_learning_rate",
-    "extraction_beta",
-    "signal_normalization",
-    "signal_clip",
-    "outcome_advantage_weight",
-    "distillation_epsilon",
-    "distillation_epsilon_high",
-    "distillation_anchor",
-    "trust_region",
-    "trust_region_radius",
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "loss_type", "beta"),
+    *("extraction_learning_rate", "extraction_lr_scheduler_type", "extraction_warmup_steps", "extraction_beta"),
+    *("sapo_temperature_pos", "sapo_temperature_neg", "signal_normalization", "signal_clip"),
+    *("distillation_epsilon", "distillation_epsilon_high", "epsilon", "epsilon_high", "delta", "trust_region"),
+    *("trust_region_radius", "distillation_anchor", "outcome_advantage_weight", "use_bias_correction_kl"),
+    *("entropy_coef", "top_entropy_quantile", "optim", "weight_decay", "max_grad_norm"),
 )
 MIN_DIFFERENCE = 1e-6  # between two rewards
 MIN_ADVANTAGE = 1e-2  # below it, an advantage is what rounding makes of equal rewards
@@ -45,8 +44,10 @@ def sample_rollouts(host: Host, round_number: int, rounds: int, resume_from: str
     dataset, prompts = host.prompts(), prompts_of_round(host, round_number)
     per_generation = args.generation_batch_size // host.num_generations
     # Later rounds are sampled by a policy that the run itself has trained
-    settings = {name: getattr(args, name) for name in POLICY_SETTINGS} if round_number > 1 else {}
+    settings = {name: plain(getattr(args, name)) for name in POLICY_SETTINGS} if round_number > 1 else {}
     on_disk = GrowingSet(str(args.output_dir), round_number, host.identity() | settings, accelerator)
+    if round_number == 1 and resume_from is None:
+        set_aside_later_rounds(str(args.output_dir), accelerator)
     finished = on_disk.begin(resume_from)
     chunks: list[list[Row]] = []
     rewards: list[torch.Tensor] = []
@@ -74,6 +75,11 @@ def sample_rollouts(host: Host, round_number: int, rounds: int, resume_from: str
         rewards.append(rewards_of_generation)
     numbers = torch.arange(len(prompts)).repeat_interleave(host.num_generations)
     return RoundRollouts(chunks, torch.cat(rewards), numbers)
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def prompts_of_round(host: Host, round_number: int) -> list[int]:

@@ -54,7 +54,7 @@ def score_set(host: Host, fixed_set: FixedSet, name: str) -> dict[str, float]:
     if broken:
         raise ValueError(
             f"The log-probabilities of {name} are NaN on {broken:.0f} tokens of the set, so its training has failed: "
-            "lower the learning rate, or max_grad_norm."
+            "lower extraction_learning_rate (stage 1) or learning_rate (stage 2), or max_grad_norm."
         )
     return {
         "entropy": entropy / max(tokens, 1),

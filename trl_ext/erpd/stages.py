@@ -227,6 +227,7 @@ class Stages:
         self.fixed_set = FixedSet.load(path)
         self.base_measures = json.loads(read_metadata(path)["base"])
         self.base.load(folder)
+        self._begun = self._pass = None  # of a run that this object was trained in before
 
     def _path(self, folder: str) -> Path:
         return Path(folder) / f"fixed_set_{self.host.trainer.accelerator.process_index}.safetensors"

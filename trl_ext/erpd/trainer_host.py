@@ -95,7 +95,7 @@ class TrainerHost:
 
     def identity(self) -> dict[str, Any]:
         names = ["seed", "extraction_passes", "distillation_passes", "temperature", "top_p", "top_k", "min_p"]
-        names += ["mask_truncated_completions", "extraction_skips_agreeing_prompts"]
+        names += ["mask_truncated_completions", "extraction_skips_agreeing_prompts", "scale_rewards", "reward_weights"]
         return {
             **self.trainer._run_identity(),
             "prompts_per_round": self.prompts_per_round,

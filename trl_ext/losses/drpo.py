@@ -102,7 +102,7 @@ def dppo_loss(
         divergence (`str`, defaults to `"tv"`):
             `"tv"` or `"kl"`.
         ratio_cap (`float`, *optional*):
-            \\( C \\) of the authors' code, which weighs \\( \nabla \log \pi \\) with \\( \min(r, C) \\) instead of
+            \\( C \\) of the authors' code, which weights \\( \nabla \log \pi \\) with \\( \min(r, C) \\) instead of
             \\( r \\). `None` leaves the ratio as it is.
     """
     policy = policy_ratio(logps, behaviour_logps, mask)

@@ -131,7 +131,8 @@ def kdrl_penalty(
     if estimator == "k2":
         penalty = 0.5 * log_ratio.square()
     else:
-        penalty = torch.expm1(-log_ratio.clamp(min=-MAX_LOG_RATIO)) + log_ratio
+        bounded = log_ratio.clamp(min=-MAX_LOG_RATIO)  # both terms: beyond, the gradient is 0, and not away from T
+        penalty = torch.expm1(-bounded) + bounded
     metrics = teacher_metrics(log_ratio, neutral)
     metrics["teacher/penalty"] = penalty.detach()
     return TokenLoss(penalty, metrics)

@@ -273,8 +273,16 @@ def least_of_top_share(entropies: torch.Tensor, share: float) -> torch.Tensor:
             \\( H \\) in nats, NaN for padding.
         share (`float`):
             \\( \beta \\).
+
+    NaN where there are no tokens. Between two entropies it is the higher one, to which the same tokens belong.
     """
-    return torch.nanquantile(at_least_float32(entropies), 1 - share)
+    if not entropies.numel():
+        return entropies.new_full((), float("nan"))
+    # With NaN at the end. torch.nanquantile takes no more than 16M values
+    ordered = at_least_float32(entropies).flatten().sort().values
+    last = (~ordered.isnan()).sum() - 1
+    place = ((1 - share) * last.double() - 1e-6).ceil().long().clamp(min=0)
+    return ordered.gather(0, place[None])[0]
 
 
 def forward_kl_top_k(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor) -> torch.Tensor:

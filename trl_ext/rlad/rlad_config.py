@@ -48,23 +48,23 @@ class RLADConfig(TeacherSettings, GRPOConfig):
         trust_region_radius (`float`, *optional*):
             Radius of one of DRPO's regions; `None` takes the default that [`DRPOConfig`] lists.
         teacher_mixture_alpha (`float`, *optional*, defaults to `0.5`):
-            With `"trrd"`: the old student's exponent in the mixture of old student and teacher. 1 is GRPO, 0 is
+            For TRRD: the old student's exponent in the mixture of old student and teacher. 1 is GRPO, 0 is
             anchored to the teacher alone.
         teacher_mixture_alpha_end (`float`, *optional*, defaults to `1.0`):
-            With `"trrd"`: what `teacher_mixture_alpha` becomes, linearly, by the last step. `None`, or the value of
+            For TRRD: what `teacher_mixture_alpha` becomes, linearly, by the last step. `None`, or the value of
             `teacher_mixture_alpha`: it is constant, as in the paper.
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
-            With `"trrd"`: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
+            For TRRD: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
         kdrl_coef (`float`, *optional*, defaults to `2e-3`):
-            With `"kdrl"`: coefficient of the penalty at the first step.
+            For KDRL: coefficient of the penalty at the first step.
         kdrl_coef_decay (`float`, *optional*, defaults to `0.0`):
-            With `"kdrl"`: decrease of the coefficient per optimizer step.
+            For KDRL: decrease of the coefficient per optimizer step.
         kdrl_coef_min (`float`, *optional*, defaults to `0.0`):
-            With `"kdrl"`: lower bound of the coefficient.
+            For KDRL: lower bound of the coefficient.
         kdrl_estimator (`str`, *optional*, defaults to `"k2"`):
-            With `"kdrl"`: estimator of the KL divergence, `"k2"` or `"k3"`.
+            For KDRL: estimator of the KL divergence, `"k2"` or `"k3"`.
         kdrl_mask (`str`, *optional*, defaults to `"none"`):
-            With `"kdrl"`: `"response"` drops the penalty on correct responses, `"group"` on groups that hold one.
+            For KDRL: `"response"` drops the penalty on correct responses, `"group"` on groups that hold one.
         kdrl_correct_reward (`float`, *optional*, defaults to `1.0`):
             For `kdrl_mask`: a response is correct whose (weighted, summed) reward is at least this.
     """
@@ -82,7 +82,7 @@ class RLADConfig(TeacherSettings, GRPOConfig):
     trust_region: str = field(
         default="ppo_clip",
         metadata={
-            "help": "What bounds the policy ratio: the paper's clip, or a region of DRPO's.",
+            "help": "What bounds the policy ratio: the paper's clip, or one of DRPO's regions.",
             "choices": list(TRUST_REGIONS),
         },
     )
@@ -91,34 +91,34 @@ class RLADConfig(TeacherSettings, GRPOConfig):
     )
     teacher_mixture_alpha: float = field(
         default=0.5,
-        metadata={"help": "With 'trrd': exponent of the old student in its mixture with the teacher; 1 is GRPO."},
+        metadata={"help": "For TRRD: exponent of the old student in its mixture with the teacher; 1 is GRPO."},
     )
     teacher_mixture_alpha_end: float | None = field(
         default=1.0,
         metadata={
-            "help": "With 'trrd': what teacher_mixture_alpha becomes, linearly, by the last step. In the paper it is "
+            "help": "For TRRD: what teacher_mixture_alpha becomes, linearly, by the last step. In the paper it is "
             "constant: set this to the value of teacher_mixture_alpha."
         },
     )
     teacher_log_ratio_clip: float | None = field(
         default=1.0,
-        metadata={"help": "With 'trrd': bound of the log-ratio of student to teacher, in nats. None for no bound."},
+        metadata={"help": "For TRRD: bound of the log-ratio of student to teacher, in nats. None for no bound."},
     )
     kdrl_coef: float = field(
-        default=2e-3, metadata={"help": "With 'kdrl': coefficient of the penalty at the first step."}
+        default=2e-3, metadata={"help": "For KDRL: coefficient of the penalty at the first step."}
     )
     kdrl_coef_decay: float = field(
-        default=0.0, metadata={"help": "With 'kdrl': decrease of the coefficient per optimizer step."}
+        default=0.0, metadata={"help": "For KDRL: decrease of the coefficient per optimizer step."}
     )
-    kdrl_coef_min: float = field(default=0.0, metadata={"help": "With 'kdrl': lower bound of the coefficient."})
+    kdrl_coef_min: float = field(default=0.0, metadata={"help": "For KDRL: lower bound of the coefficient."})
     kdrl_estimator: str = field(
         default="k2",
-        metadata={"help": "With 'kdrl': estimator of the KL divergence.", "choices": list(CHOICES["kdrl_estimator"])},
+        metadata={"help": "For KDRL: estimator of the KL divergence.", "choices": list(CHOICES["kdrl_estimator"])},
     )
     kdrl_mask: str = field(
         default="none",
         metadata={
-            "help": "With 'kdrl': 'response' drops the penalty on correct responses, 'group' on groups that hold one.",
+            "help": "For KDRL: 'response' drops the penalty on correct responses, 'group' on groups that hold one.",
             "choices": list(CHOICES["kdrl_mask"]),
         },
     )
@@ -141,16 +141,18 @@ def check_rlad_args(args: GRPOConfig, owner: str) -> None:
     for name in ("teacher_mixture_alpha", "teacher_mixture_alpha_end"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must be from 0 (the teacher alone) to 1 (GRPO): change it.")
+            raise ValueError(f"{name}={value} must be from 0 (the teacher alone) to 1 (GRPO): set it between them.")
     clip = args.teacher_log_ratio_clip
     if clip is not None and not clip > 0:
         raise ValueError(
-            f"teacher_log_ratio_clip={clip} must be a positive number of nats, or None for no bound: change it."
+            f"teacher_log_ratio_clip={clip} must be positive: set it above 0, in nats, or to None for no bound."
         )
     for name in ("kdrl_coef", "kdrl_coef_decay", "kdrl_coef_min"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must be 0 or more and finite: a negative one pushes the student away.")
+            raise ValueError(
+                f"{name}={value} would push the student away from its teacher, or is not finite: set it to 0 or more."
+            )
 
 
 def settings_without_effect(args: GRPOConfig) -> tuple[str, ...]:

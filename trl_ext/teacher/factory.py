@@ -36,7 +36,7 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
         )
     named = args.teacher_model_name_or_path
     if named is not None and teacher != named and not (isinstance(teacher, str) and teacher.startswith("http")):
-        logger.warning(f"teacher_model_name_or_path={named!r} has no effect beside teacher_model: leave one out.")
+        logger.warning(f"teacher_model_name_or_path={named!r} has no effect with teacher_model: leave one out.")
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
     if args.teacher_model_revision is not None:
         init_kwargs["revision"] = args.teacher_model_revision
@@ -52,7 +52,8 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
             )
         if args.teacher_model_init_kwargs is not None or args.teacher_model_revision is not None:
             logger.warning(
-                "teacher_model_init_kwargs and _revision have no effect on a teacher that is loaded already."
+                "teacher_model_init_kwargs and teacher_model_revision have no effect on a teacher that is loaded "
+                "already: remove them, or pass the teacher's name instead of the loaded model."
             )
         return ModelTeacher(teacher, init_kwargs)
     if teacher.startswith(("http://", "https://")):

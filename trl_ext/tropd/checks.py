@@ -103,8 +103,8 @@ def warning_of_unused_settings(args: Any, trainer: str) -> str | None:
         return None
     settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
     return (
-        f"{settings} has no effect in {trainer} beside the other settings: remove it, or see docs/tropd.md for the "
-        "settings that it belongs to."
+        f"{settings} has no effect in {trainer} with the other settings given: remove it, or see docs/tropd.md for "
+        "the settings that it belongs to."
     )
 
 

@@ -93,7 +93,8 @@ class PromptCollator:
         if both["prompt"] != prompt_text:
             warnings.warn(  # shown once; a logger of accelerate's has no state in a data loader's process
                 "The chat template renders the prompt differently when a completion follows it: the completions of "
-                "the dataset do not begin exactly where those that the student samples begin.",
+                "the dataset do not begin exactly where those that the student samples begin. Use a template that "
+                "renders the prompt alike in both cases, or set chat_template_kwargs (e.g. enable_thinking=False).",
                 stacklevel=2,
             )
         return prompt_text, both["completion"]

@@ -44,7 +44,7 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
             For the outlier losses that clip: coefficient of the clipped term. The paper's is 1.
         guidance (`str`, *optional*, defaults to `"none"`):
             Where the prefixes of rollouts come from: `"dataset"` (completions that the teacher wrote), `"teacher"`
-            (sampled when needed) or `"none"`, no prefixes.
+            (sampled at every step whose prefixes are longer than 0) or `"none"`.
         guidance_coef (`float`, *optional*, defaults to `1e-3`):
             Coefficient of the negative log-likelihood of a prefix.
         guidance_max_length (`int`, *optional*):

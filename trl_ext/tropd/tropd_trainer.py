@@ -152,7 +152,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise ValueError(
-                f"{name} needs padding, but the tokenizer has neither a padding nor an end token: set pad_token."
+                f"{name} needs padding, but the tokenizer has neither a padding nor an end token: set "
+                "TrOPDConfig(pad_token=...)."
             )
         if data_collator is None:
             data_collator = PromptCollator(tokenizer, args.max_length, completions=needs is not None)
