@@ -29,7 +29,7 @@ def run(folder, overrides, resume=None):
         **overrides,
     )
     trainer.train(resume_from_checkpoint=resume)
-    names = ("loss", "teacher/kl", "guidance/share", "entropy")
+    names = ("loss", "teacher/kl", "guidance/share", "entropy", "num_tokens")
     logs = [{name: log.get(name) for name in names} for log in trainer.state.log_history]
     return {name: value.clone() for name, value in trainer.model.named_parameters()}, logs[:-1]
 

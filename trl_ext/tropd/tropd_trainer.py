@@ -203,7 +203,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self._micro_batches: list[dict[str, torch.Tensor]] = []
         self._eval_batches = 0
         self._num_items = torch.ones((), device=self.accelerator.device)
-        self._num_tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
+        self._new_tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
         if warning := warning_of_unused_settings(args, name):
             logger.warning(warning)
 
@@ -294,13 +294,23 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         if mode == "train":
             counts = torch.stack(
                 [
-                    sum((batch["completion_mask"].sum() for batch in batches), torch.zeros_like(self._num_tokens)),
-                    sum((batch["prompt_mask"].sum() for batch in batches), torch.zeros_like(self._num_tokens)),
+                    sum((batch["completion_mask"].sum() for batch in batches), torch.zeros_like(self._new_tokens)),
+                    sum((batch["prompt_mask"].sum() for batch in batches), torch.zeros_like(self._new_tokens)),
                 ]
             )
             counts = self.accelerator.gather(counts[None]).sum(0)
             self._num_items = counts[0].clamp(min=1).float()
-            self._num_tokens += counts.sum()
+            self._new_tokens += counts.sum()
+
+    def _tokens_so_far(self) -> int:
+        """Counted on the device until somebody asks, and then in the state, which checkpoints hold."""
+        self.state.num_input_tokens_seen += int(self._new_tokens)
+        self._new_tokens.zero_()
+        return self.state.num_input_tokens_seen
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._tokens_so_far()
+        super()._save_checkpoint(model, trial)
 
     def longest_prefix(self) -> int:
         """The longest prefix by the teacher at this step, in tokens."""
@@ -354,7 +364,7 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         mode = "train" if self.model.training else "eval"
         metrics = self._token_metrics[mode].pop()
         if metrics and mode == "train":
-            metrics["num_tokens"] = int(self._num_tokens)
+            metrics["num_tokens"] = self._tokens_so_far()
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         super().log(logs, start_time)
