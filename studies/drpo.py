@@ -114,6 +114,10 @@ def finalists() -> str:
     return table("drpo", FINALISTS, first="mismatch: region", extra=DIPS)
 
 
+def anchors() -> str:
+    return table("drpo", ANCHORS, "validation", first="sampler: region", extra=DIPS)
+
+
 def draw_staleness(axis: Any) -> None:
     dots(axis, "drpo", STALENESS, "DRPO: 16 updates per batch, accuracy", "accuracy", "validation")
 
@@ -125,5 +129,10 @@ def picture(figure: Any) -> None:
     dots(right, "drpo", rows, "a sampler of lower precision: accuracy", "accuracy", "validation")
 
 
-TABLES = {"finalists": finalists, "staleness": regions_table, "precision": precision_table}
+TABLES = {
+    "finalists": finalists,
+    "staleness": regions_table,
+    "precision": precision_table,
+    "anchors": anchors,
+}
 PICTURES = {"drpo.png": picture}

@@ -111,6 +111,14 @@ THREE_ROUNDS: dict[str, dict[str, Any]] = {
     "`outcome_advantage_weight=1`": {"outcome_advantage_weight": 1.0},
     "128 prompts with 16 rollouts each": {"prompts_per_round": 128, "num_generations": 16},
     "`extraction_loss='ce'`, `extraction_passes=12`": {"extraction_loss": "ce", "extraction_passes": 12},
+    "`extraction_loss='ce'`, clip 0.2/0.5, `distillation_passes=12`": {
+        "extraction_loss": "ce",
+        "epsilon": 0.2,
+        "epsilon_high": 0.5,
+        "distillation_passes": 12,
+    },
+    "clip 0.2/0.5, `distillation_passes=12`": {"epsilon": 0.2, "epsilon_high": 0.5, "distillation_passes": 12},
+    "`learning_rate=2e-5`, `distillation_passes=12`": {"learning_rate": 2e-5, "distillation_passes": 12},
 }
 IN_ROUNDS = {
     name: run(
@@ -216,6 +224,15 @@ def phases() -> str:
     return table("erpd", rows, "validation", spent=spent)
 
 
+def rounds() -> str:
+    return table("erpd", IN_ROUNDS, "validation", first="three rounds of 2,048 rollouts", extra=OF_TEACHER)
+
+
+def second_copy() -> str:
+    spent = ("sampling_phases", "updates")
+    return table("erpd", SECOND, "validation", spent=spent)
+
+
 def rates() -> str:
     rows = {f"{method.upper()}, {rate:g}": run for (method, rate), run in BY_RATE.items()}
     return table("erpd", rows, "validation", first="8 phases, learning rate")
@@ -297,5 +314,13 @@ def picture(figure: Any) -> None:
     draw_search(right)
 
 
-TABLES = {"finalists": finalists, "search": wide_search, "changes": changes, "phases": phases, "rates": rates}
+TABLES = {
+    "finalists": finalists,
+    "search": wide_search,
+    "changes": changes,
+    "phases": phases,
+    "rates": rates,
+    "rounds": rounds,
+    "second": second_copy,
+}
 PICTURES = {"erpd.png": picture}
