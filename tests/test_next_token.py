@@ -202,7 +202,8 @@ def _gradient_of_a_sharded_head(rank, port, results):
     gradient = head.weight.grad.full_tensor()
     if rank == 0:
         torch.save(gradient, results)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort a process in its teardown, which is not what is tested here
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ ENTROPY = Check(
     ("entropy",),
     "min_entropy_share",
     "The entropy has collapsed to {value:.0%} of its value at the start, so that the rollouts hardly differ any more",
-    "lower learning_rate or the number of updates per rollout batch, or (but in TrOPD) raise entropy_coef or beta",
+    "lower learning_rate or the number of updates per rollout batch, or raise entropy_coef or beta (not in TrOPD)",
     extraction_remedy="lower extraction_learning_rate or extraction_passes",
     per_start=True,
     below=True,

@@ -103,7 +103,13 @@ def reshard(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP2
-            module.reshard()
+            # Not module.reshard(): before PyTorch 2.13 it leaves the unit of the final norm and the LM head as it is,
+            # which waits for the end of its forward pass, because TRL does not call the LM head
+            state = module._get_fsdp_state()
+            state._modules_to_run_forward.clear()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                if group is not None:  # a unit without weights of its own
+                    group._to_sharded()
         elif isinstance(module, FullyShardedDataParallel):
             handle = module._handle  # None of a unit without weights of its own
             # Before the first forward pass there is no such attribute, and nothing gathered
