@@ -126,6 +126,10 @@ IN_ROUNDS = {
     )
     for name, change in THREE_ROUNDS.items()
 }
+ROUNDS_FINALISTS = {
+    name: Run(**{**vars(IN_ROUNDS[name]), "final": True, "group": "rounds, final"})
+    for name in ("the default", "`extraction_loss='ce'`")
+}
 # Sampling phases -> passes over each
 PHASES = {1: 8, 2: 4, 4: 4, 8: 2, 16: 2}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
@@ -174,12 +178,16 @@ BESIDE = {
 BESIDE["GRPO, 24 phases"] = run(
     "grpo", {**BESIDE["GRPO, 8 phases"].stages[0].settings, "max_steps": 192}, group="finalists"
 )  # as many rollouts as ERPD's three rounds
+ROUNDS_FINALISTS["GRPO, 24 phases"] = Run(
+    **{**vars(BESIDE["GRPO, 24 phases"]), "copy": "second", "group": "rounds, final"}
+)
 BASE = {"base policy": run("grpo", {"max_steps": 0}, group="finalists")}
 ROWS = {**FINALISTS, **BESIDE}
 RUNS = [
     *SEARCH,
     *SMALL,
     *CHANGED.values(),
+    *with_seeds(ROUNDS_FINALISTS.values(), (0, 1)),
     *IN_ROUNDS.values(),
     *SECOND.values(),
     *ROWS.values(),
@@ -226,6 +234,11 @@ def phases() -> str:
 
 def rounds() -> str:
     return table("erpd", IN_ROUNDS, "validation", first="three rounds of 2,048 rollouts", extra=OF_TEACHER)
+
+
+def rounds_finalists() -> str:
+    spent = ("rollouts", "sampling_phases", "updates")
+    return table("erpd", ROUNDS_FINALISTS, spent=spent)
 
 
 def second_copy() -> str:
@@ -321,6 +334,7 @@ TABLES = {
     "phases": phases,
     "rates": rates,
     "rounds": rounds,
+    "threerounds": rounds_finalists,
     "second": second_copy,
 }
 PICTURES = {"erpd.png": picture}

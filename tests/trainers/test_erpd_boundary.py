@@ -145,7 +145,7 @@ def test_a_teacher_of_nan_stops_the_run(path, tmp_path):
                 next(self.model.parameters()).data.fill_(math.nan)
             return super().training_step(*args)
 
-    with pytest.raises(ValueError, match=r"log-probabilities of teacher_ce are NaN .* lower the learning rate"):
+    with pytest.raises(ValueError, match=r"log-probabilities of teacher_ce are NaN .* lower extraction_learning_rate"):
         make_run(path, tmp_path, trainer_class=Broken).train()
 
 

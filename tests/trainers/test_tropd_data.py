@@ -278,7 +278,7 @@ def test_without_a_padding_token(tmp_path):
 def test_no_padding_and_no_end_token(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="set pad_token"):
+    with pytest.raises(ValueError, match=r"set TrOPDConfig\(pad_token="):
         make_trainer(tmp_path, processing_class=tokenizer)
     assert make_trainer(tmp_path, pad_token="<unk>")._tokenizer.pad_token == "<unk>"
 
