@@ -97,6 +97,25 @@ def without_reward(task: str, **others: Any) -> dict[str, Run]:
     return {name: Run(each, task=task, teacher="teacher", **others) for name, each in stages.items()}
 
 
+# DRPO's region around the mixture, with the radius that is DRPO's default, on another copy of the policies
+REGIONS: dict[str, Run] = {
+    name: rl("rlad", settings, copy="second", group="regions", final=False)
+    for name, settings in {
+        "RLAD, alpha grows to 1 (default)": {**PAPER, **GROWING_ALPHA},
+        'the same, `trust_region="drpo"`, radius 0.5': {
+            **PAPER,
+            **GROWING_ALPHA,
+            "trust_region": "drpo",
+            "trust_region_radius": 0.5,
+        },
+        'the same, `trust_region="drpo"`, radius 0.15': {
+            **PAPER,
+            **GROWING_ALPHA,
+            "trust_region": "drpo",
+            "trust_region_radius": 0.15,
+        },
+    }.items()
+}
 SEARCH_OF_RATES = [
     at_rate(name, value, task=task, seed=42, group="learning rate", final=False)
     for task, values in RATES.items()
@@ -124,6 +143,7 @@ RUNS = [
     *FINAL,
     *WITHOUT_REWARD,
     *TEACHERS,
+    *with_seeds(REGIONS.values(), (42, 43, 44)),
 ]
 
 
@@ -196,5 +216,6 @@ TABLES = {
     "sums": lambda: table("sums"),
     "puzzles": lambda: table("puzzles"),
     "teachers": by_teacher,
+    "regions": lambda: tables.table("rlad", REGIONS, "validation"),
 }
 PICTURES = {"rlad.png": picture}
