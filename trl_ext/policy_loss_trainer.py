@@ -84,7 +84,6 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     epsilon_low: float
     epsilon_high: float
-    vllm_importance_sampling_correction: bool
     reward_weights: torch.Tensor
     _last_loaded_step: int
 
@@ -173,8 +172,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
 
     def warn_of_biased_ratio(self) -> None:
         """Warns about sampling settings that change that engine's log-probabilities but not the training model's."""
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        elsewhere = self.sampled_elsewhere or corrected
+        elsewhere = self.sampled_elsewhere or self.corrects_sampler
         if elsewhere and (names := sampling_that_biases_the_ratio(self.args)):
             logger.warning(
                 f"The sampler's log-probabilities depend on {', '.join(names)} and the training model's do not, which "
@@ -384,9 +382,8 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     def _generate(self, prompts: list):
         outputs = super()._generate(prompts)
         completion_ids, sampler_logps = outputs[1], outputs[4]
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        if self._uses_sampler_logps or corrected:
-            check_sampler_logps(self.accelerator, completion_ids, sampler_logps, required=corrected)
+        if self._uses_sampler_logps or self.corrects_sampler:
+            check_sampler_logps(self.accelerator, completion_ids, sampler_logps, required=self.corrects_sampler)
         # The next pass of the model is the old policy's, where TRL makes one
         makes_old_pass = self.args.gradient_accumulation_steps % self._generate_every != 0
         has_old_logps = self._uses_sampler_logps and sampler_logps is not None

@@ -34,6 +34,11 @@ class RolloutCheckpoints(WholeCheckpoints):
     _uses_sampler_logps: bool
 
     @property
+    def corrects_sampler(self) -> bool:
+        """Whether TRL weights the loss by the old policy's ratio to vLLM's."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    @property
     def _generate_every(self) -> int:
         return self.args.steps_per_generation * self.num_iterations
 
@@ -77,7 +82,7 @@ class RolloutCheckpoints(WholeCheckpoints):
             "num_processes": self.accelerator.num_processes,
             "reference": self.beta != 0.0,
             # Whether the batches have TRL's correction of the sampler, and the old log-probabilities that it needs
-            "corrected": self.use_vllm and self.vllm_importance_sampling_correction,
+            "corrected": self.corrects_sampler,
             "sampler_logps": self._uses_sampler_logps,
             "global_step": self.state.global_step,
             **{name: getattr(self.args, name) for name in names},

@@ -102,8 +102,8 @@ class DRPOTrainer(PolicyLossTrainer):
     def warn_about_args(self) -> None:
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
-        corrects = self.vllm_importance_sampling_correction  # False where the ratio does it
-        if changed := changed_settings(self.args, VLLM_CORRECTION_SETTINGS if self.use_vllm and not corrects else ()):
+        unused = VLLM_CORRECTION_SETTINGS if self.use_vllm and not self.corrects_sampler else ()
+        if changed := changed_settings(self.args, unused):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             reason = "with vllm_importance_sampling_correction=False: leave it out, or remove that."
             if self._uses_sampler_logps:

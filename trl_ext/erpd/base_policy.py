@@ -107,9 +107,9 @@ def reshard(model: torch.nn.Module) -> None:
             # which waits for the end of its forward pass, because TRL does not call the LM head
             state = module._get_fsdp_state()
             state._modules_to_run_forward.clear()
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-                if group is not None:  # a unit without weights of its own
-                    group._to_sharded()
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            for group in filter(None, groups):  # a unit without weights of its own has none
+                group._to_sharded()
         elif isinstance(module, FullyShardedDataParallel):
             handle = module._handle  # None of a unit without weights of its own
             # Before the first forward pass there is no such attribute, and nothing gathered
