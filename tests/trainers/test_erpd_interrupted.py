@@ -125,7 +125,7 @@ def test_a_run_from_the_start_leaves_no_later_round_to_be_taken_for_its_own(path
 
 
 def test_the_trainer_that_was_interrupted_can_resume_from_an_earlier_pass(path, tmp_path):
-    saving = {"rounds": 2, "save_strategy": "steps", "save_steps": 6}
+    saving = {"rounds": 2, "save_strategy": "steps", "save_steps": 2}
     whole = train(path, tmp_path / "whole", RewardThatFails(), **saving)
     reward = RewardThatFails(fails_in=4 + 2)
     args = ERPDConfig(**settings(tmp_path / "run", extraction_passes=1, distillation_passes=1, **saving))
@@ -134,7 +134,7 @@ def test_the_trainer_that_was_interrupted_can_resume_from_an_earlier_pass(path, 
     with pytest.raises(RuntimeError):
         trainer.train()
     reward.fails_in = None
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert_equal(parameters(trainer), parameters(whole))
 
 

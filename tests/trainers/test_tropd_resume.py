@@ -51,6 +51,13 @@ def test_exactly(tmp_path, whole_run, stop):
     assert logs == resumed_logs
 
 
+def test_tokens_that_were_not_logged_yet_are_counted(tmp_path):
+    settings = {"logging_steps": 5}
+    _, logs = run(tmp_path / "whole", settings)
+    _, resumed = run(tmp_path / "resumed", settings, str(tmp_path / "whole" / "checkpoint-3"))
+    assert logs[-1]["num_tokens"] == resumed[-1]["num_tokens"] > 0
+
+
 @pytest.mark.parametrize("whole_run", ["tropd"], indirect=True)
 def test_from_the_last_checkpoint_that_is_whole(tmp_path, whole_run, caplog):
     folder, overrides, (weights, logs) = whole_run
