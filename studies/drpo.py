@@ -62,38 +62,62 @@ def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others
 
 
 STALENESS = {name: stale(name, 16) for name in REGIONS}
+# With fewer updates per batch, on the second copy of the policies
+FRESHER = {
+    f"{updates} updates: {name}": stale(name, updates, copy="second", group="fresher")
+    for updates in (8, 4)
+    for name in ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5", "DRPO, 12.5", "SPO, 0.2", "none")
+}
 # What the sampler differs by before training, per token: 8e-3 and 4e-4 nats in the mean
 MISMATCHED = ["GRPO, clip 0.2", "GRPO, token truncate", *(f"DRPO, {r:g}" for r in (0.15, 0.5, 2.5, 12.5)), OWN]
-MISMATCHED += ["SPO, 0.2", "DPPO-TV, 0.15", "DPPO-KL, 0.05", "none"]
+MISMATCHED += ["SPO, 0.2", "DPPO-TV, 0.15", "none"]
 PRECISION = {
     sampler: {name: low_precision(name, sampler) for name in names}
     for sampler, names in {
         "4 bits": MISMATCHED,
-        "5 bits": ["GRPO, token truncate", "DRPO, 0.15", "DRPO, 0.5", "none"],
-        "6 bits": ["GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 0.5", "DRPO, 12.5", "none"],
+        "5 bits": ["DRPO, 0.15", "DRPO, 0.5"],
+        "6 bits": ["GRPO, clip 0.2", "DRPO, 0.15", "DRPO, 0.5"],
     }.items()
 }
-TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in MISMATCHED if not name.startswith(("SPO", "DPPO"))}
+TOO_FAST = {name: low_precision(name, "4 bits", 3e-4) for name in ("GRPO, clip 0.2", "DRPO, 0.15")}
 # Which anchor, on another copy of the policy: all that is compared is made with it
 ANCHORS = {
     f"{sampler}: {name}": low_precision(name, sampler, copy="second", group="anchors")
     for sampler in ("4 bits", "5 bits")
     for name in ("GRPO, token truncate", *DECOUPLED, "DRPO, 0.5", "GRPO, clip 0.2")
 }
-# With more seeds, and on the test problems too
-STALE_FINALISTS = ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5")
-FINALISTS = {
-    **{f"16 updates: {name}": stale(name, 16, final=True) for name in STALE_FINALISTS},
+# Likewise: the learning rate at which the first of them breaks, and samplers that are hardly another policy
+ON_THE_SECOND: dict[str, Any] = {"copy": "second", "group": "other samplers"}
+CORRECTED_OLD = "DRPO, 0.15, old policy, token truncate"
+OTHER_SAMPLERS = {
+    "4 bits: DPPO-KL, 0.05": low_precision("DPPO-KL, 0.05", "4 bits", **ON_THE_SECOND),
     **{
-        f"4 bits: {name}": low_precision(name, "4 bits", final=True)
-        for name in ("GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.5", "none")
+        f"4 bits, learning rate 3e-4: {name}": low_precision(name, "4 bits", 3e-4, **ON_THE_SECOND)
+        for name in ("GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.5", CORRECTED_OLD, "none")
+    },
+    **{
+        f"{sampler}: {name}": low_precision(name, sampler, **ON_THE_SECOND)
+        for sampler in ("8 bits", "bfloat16")
+        for name in ("GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 0.5", "none")
+    },
+}
+# With five seeds, and on the test problems too
+ON_TEST: dict[str, Any] = {"copy": "second", "group": "final", "final": True}
+FINALISTS = {
+    **{
+        f"16 updates: {name}": stale(name, 16, **ON_TEST)
+        for name in ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5")
+    },
+    **{
+        f"4 bits: {name}": low_precision(name, "4 bits", **ON_TEST)
+        for name in ("GRPO, clip 0.2", "GRPO, token truncate", CORRECTED_OLD, "DRPO, 0.5", "none")
     },
 }
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
-RUNS += with_seeds(FINALISTS.values(), (1, 2))
 RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
-# Ahead by less than the seeds differ: two more
-RUNS += with_seeds([stale(name, 16, final=True) for name in STALE_FINALISTS if name != "DRPO, 0.15"], (3, 4))
+RUNS += with_seeds(FINALISTS.values(), range(5))
+RUNS += with_seeds(FRESHER.values(), range(3))
+RUNS += OTHER_SAMPLERS.values()
 
 
 DIPS = {"worst dip": lambda found: f"{found.worst_dip():.2f}"}
@@ -112,6 +136,14 @@ def precision_table(split: str = "validation") -> str:
 
 def finalists() -> str:
     return table("drpo", FINALISTS, first="mismatch: region", extra=DIPS)
+
+
+def fresher() -> str:
+    return table("drpo", FRESHER, "validation", first="updates per batch: region", extra=DIPS)
+
+
+def other_samplers() -> str:
+    return table("drpo", OTHER_SAMPLERS, "validation", first="sampler: region", extra=DIPS)
 
 
 def anchors() -> str:
@@ -134,5 +166,7 @@ TABLES = {
     "staleness": regions_table,
     "precision": precision_table,
     "anchors": anchors,
+    "fresher": fresher,
+    "samplers": other_samplers,
 }
 PICTURES = {"drpo.png": picture}

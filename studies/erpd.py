@@ -80,7 +80,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "`extraction_passes=8`": {"extraction_passes": 8},
     "`lr_scheduler_type='linear'`, from 5e-5": {"learning_rate": 5e-5, "lr_scheduler_type": "linear"},
     "256 prompts with 8 rollouts each": WIDE,
-    "512 prompts with 4 rollouts each": {"prompts_per_round": 512, "num_generations": 4},
     "256 prompts, `outcome_advantage_weight=1`": {**WIDE, "outcome_advantage_weight": 1.0},
     "256 prompts, `outcome_advantage_weight=0.5`": MIXED,
     "the same, `distillation_passes=6`": {**MIXED, "distillation_passes": 6},
@@ -95,9 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "the default: `extraction_passes=6`, `distillation_passes=8`": BEST,
     "the default, `extraction_loss='ce'`": {**BEST, "extraction_loss": "ce"},
-    "the default, `extraction_loss='sapo'`": {**BEST, "extraction_loss": "sapo"},
     "the default, 2 rounds of 1,024 rollouts": {**BEST, "rounds": 2, "prompts_per_round": 128},
-    "the default, 4 rounds of 512 rollouts": {**BEST, "rounds": 4, "prompts_per_round": 64},
 }
 CHANGED = {name: search(**{**UNLEARNED, **change}) for name, change in CHANGES.items()}
 # One change each of the default in three rounds of 2,048 rollouts
@@ -119,16 +116,23 @@ THREE_ROUNDS: dict[str, dict[str, Any]] = {
     },
     "clip 0.2/0.5, `distillation_passes=12`": {"epsilon": 0.2, "epsilon_high": 0.5, "distillation_passes": 12},
     "`learning_rate=2e-5`, `distillation_passes=12`": {"learning_rate": 2e-5, "distillation_passes": 12},
+    "stage 2 from 6e-5, linear": {"learning_rate": 6e-5, "lr_scheduler_type": "linear"},
+    "both stages linear, from 1e-4 and 6e-5": {
+        "extraction_learning_rate": 1e-4,
+        "extraction_lr_scheduler_type": "linear",
+        "learning_rate": 6e-5,
+        "lr_scheduler_type": "linear",
+    },
+    "`outcome_advantage_weight=0`": {"outcome_advantage_weight": 0.0},
+    "`scale_rewards='batch'`": {"scale_rewards": "batch"},
+    "512 prompts with 4 rollouts each": {"prompts_per_round": 512, "num_generations": 4},
+    "`distillation_passes=4`, `learning_rate=6e-5`": {"distillation_passes": 4, "learning_rate": 6e-5},
 }
 IN_ROUNDS = {
     name: run(
         "erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, **change}, final=False, group="rounds", copy="second"
     )
     for name, change in THREE_ROUNDS.items()
-}
-ROUNDS_FINALISTS = {
-    name: Run(**{**vars(IN_ROUNDS[name]), "final": True, "group": "rounds, final"})
-    for name in ("the default", "`extraction_loss='ce'`")
 }
 # Sampling phases -> passes over each
 PHASES = {1: 8, 2: 4, 4: 4, 8: 2, 16: 2}
@@ -151,6 +155,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
     "`trust_region='drpo'`, radius 0.5": {"trust_region": "drpo", "trust_region_radius": 0.5},
     "`trust_region='drpo'`, radius 0.15": {"trust_region": "drpo", "trust_region_radius": 0.15},
     "4 rounds of 512 rollouts": {"rounds": 4, "prompts_per_round": 64},
+    "512 prompts with 4 rollouts each": {"prompts_per_round": 512, "num_generations": 4},
 }
 SECOND: dict[str, Run] = {
     **{
@@ -163,38 +168,44 @@ SECOND: dict[str, Run] = {
     },
 }
 SECOND = {name: Run(**{**vars(run), "copy": "second", "group": "second copy"}) for name, run in SECOND.items()}
+# With five seeds, and on the test problems too
+ON_TEST: dict[str, Any] = {"copy": "second", "group": "final"}
 FINALISTS = {
-    "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, group="finalists"),
-    "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, group="finalists"),
+    "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, **ON_TEST),
+    "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, **ON_TEST),
 }
-# From the same rollouts in one phase, and in eight
+# Each with its trainer's default trust region. The learning rate is the best of `RATES` for both
+DEFAULT_REGION: dict[str, dict[str, Any]] = {"grpo": {}, "drpo": {"trust_region_radius": 0.5}}
+
+
+def beside(method: str, phases: int, passes: int, **changes: Any) -> Run:
+    settings = policy_gradient(method, phases, passes, **DEFAULT_REGION[method]).stages[0].settings
+    return run(method, {**settings, **changes}, **ON_TEST)
+
+
+# From the same rollouts in one phase, and in eight; from as many as ERPD's three rounds in 24
 BESIDE = {
-    f"{method.upper()}, {phases} phase{'s' * (phases > 1)}": run(
-        method, policy_gradient(method, phases, passes).stages[0].settings, group="finalists"
-    )
+    f"{method.upper()}, {phases} phase{'s' * (phases > 1)}": beside(method, phases, passes)
     for phases, passes in ((8, 2), (1, 8))
     for method in ("drpo", "grpo")
 }
-BESIDE["GRPO, 24 phases"] = run(
-    "grpo", {**BESIDE["GRPO, 8 phases"].stages[0].settings, "max_steps": 192}, group="finalists"
-)  # as many rollouts as ERPD's three rounds
-ROUNDS_FINALISTS["GRPO, 24 phases"] = Run(
-    **{**vars(BESIDE["GRPO, 24 phases"]), "copy": "second", "group": "rounds, final"}
-)
-BASE = {"base policy": run("grpo", {"max_steps": 0}, group="finalists")}
+BESIDE |= {f"{method.upper()}, 24 phases": beside(method, 8, 2, max_steps=192) for method in ("drpo", "grpo")}
+BASE = {"base policy": run("grpo", {"max_steps": 0}, **ON_TEST)}
+RATES_OF_DRPO = {
+    rate: Run(**{**vars(beside("drpo", 8, 2, learning_rate=rate)), "final": False, "group": "second copy"})
+    for rate in (2.5e-5, 5e-5, 1e-4)
+}
 ROWS = {**FINALISTS, **BESIDE}
 RUNS = [
     *SEARCH,
     *SMALL,
-    *CHANGED.values(),
-    *with_seeds(ROUNDS_FINALISTS.values(), (0, 1)),
+    *(run for name, run in CHANGED.items() if not name.startswith("the default: ")),  # with `final`, commit 472889f
     *IN_ROUNDS.values(),
     *SECOND.values(),
-    *ROWS.values(),
     *BASE.values(),
-    *POLICY_GRADIENT.values(),
     *BY_RATE.values(),
-    *with_seeds(ROWS.values(), (1, 2)),
+    *RATES_OF_DRPO.values(),
+    *with_seeds(ROWS.values(), range(5)),
 ]
 
 
@@ -234,11 +245,6 @@ def phases() -> str:
 
 def rounds() -> str:
     return table("erpd", IN_ROUNDS, "validation", first="three rounds of 2,048 rollouts", extra=OF_TEACHER)
-
-
-def rounds_finalists() -> str:
-    spent = ("rollouts", "sampling_phases", "updates")
-    return table("erpd", ROUNDS_FINALISTS, spent=spent)
 
 
 def second_copy() -> str:
@@ -334,7 +340,6 @@ TABLES = {
     "phases": phases,
     "rates": rates,
     "rounds": rounds,
-    "threerounds": rounds_finalists,
     "second": second_copy,
 }
 PICTURES = {"erpd.png": picture}

@@ -123,18 +123,26 @@ SEARCH_OF_RATES = [
     for name in FINALISTS
 ]
 FINAL = with_seeds(
-    [at_rate(name, value, task=task, group="final") for task, value in BEST_RATE.items() for name in FINALISTS],
+    [
+        at_rate(name, value, task=task, copy="second", group="final")
+        for task, value in BEST_RATE.items()
+        for name in FINALISTS
+    ],
     (43, 44, 45, 46, 47),
 )
 WITHOUT_REWARD = with_seeds(
-    [made for task in TASKS for made in without_reward(task, group="without reward").values()], (43, 44)
+    [made for task in TASKS for made in without_reward(task, copy="second", group="final").values()], (43, 44, 45)
 )
-TEACHERS = [
-    rl(*VARIANTS[name], task=task, teacher=teacher, seed=43, group="teachers")
-    for teacher in ("worse", "equal", "teacher")
-    for task in TASKS
-    for name in FINALISTS
-]
+TEACHERS = with_seeds(
+    [
+        at_rate(name, BEST_RATE[task], task=task, teacher=teacher, copy="second", group="teachers")
+        for teacher in ("worse", "equal")
+        for task in TASKS
+        for name in FINALISTS
+        if name != "GRPO"  # without a teacher
+    ],
+    (43, 44, 45),
+)
 
 RUNS = [
     *(run for task in TASKS for run in wide(VARIANTS, task).values()),
@@ -174,24 +182,20 @@ def searched_rates() -> str:
 
 def by_teacher() -> str:
     columns = [(task, teacher) for task in TASKS for teacher in ("teacher", "equal", "worse")]
-    lines = [
-        [
-            name,
-            *(
-                tables.of_one_seed("rlad", rl(*VARIANTS[name], task=task, teacher=teacher, seed=43), "test")
-                for task, teacher in columns
-            ),
-        ]
-        for name in FINALISTS
-    ]
+
+    def cell(name: str, task: str, teacher: str) -> str:
+        found = tables.summary("rlad", at_rate(name, BEST_RATE[task], task=task, teacher=teacher, copy="second"))
+        return found.spread("accuracy") if found else ""
+
+    lines = [[name, *(cell(name, *column) for column in columns)] for name in FINALISTS]
     names = {"teacher": "better"}
     header = ["method", *(f"{task}, {names.get(teacher, teacher)} teacher" for task, teacher in columns)]
     return tables.markdown_table(header, lines)
 
 
 def finalists(task: str) -> dict[str, Run]:
-    rows = {name: at_rate(name, BEST_RATE[task], task=task) for name in FINALISTS}
-    return rows | without_reward(task)
+    rows = {name: at_rate(name, BEST_RATE[task], task=task, copy="second") for name in FINALISTS}
+    return rows | without_reward(task, copy="second")
 
 
 def table(task: str) -> str:
@@ -201,7 +205,7 @@ def table(task: str) -> str:
 
 
 def draw_methods(axis: Any) -> None:
-    groups = {task: {name: at_rate(name, BEST_RATE[task], task=task) for name in FINALISTS} for task in TASKS}
+    groups = {task: {name: run for name, run in finalists(task).items() if name in FINALISTS} for task in TASKS}
     dots_by_group(axis, "rlad", groups, "RLAD: accuracy by method and task", "accuracy")
 
 

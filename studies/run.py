@@ -28,6 +28,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", help="Modules of this folder with a list RUNS.")
     parser.add_argument("--group", nargs="*", help="Only these groups of runs.")
+    parser.add_argument("--seed", type=int, nargs="*", help="Only these seeds.")
     parser.add_argument("--jobs", type=int, default=1, help="Processes to start.")
     parser.add_argument("--slots", type=int, default=2, help="How many runs the machine may do at a time.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the results.")
@@ -36,12 +37,14 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def missing_runs(study: str, groups: list[str] | None, folder: Path) -> list[Run]:
-    done = finished(study, folder)
-    runs = {
-        run.key: run for run in importlib.import_module(f"studies.{study}").RUNS if not groups or run.group in groups
-    }
+def missing_runs(study: str, flags: argparse.Namespace) -> list[Run]:
+    done = finished(study, flags.results)
+    runs = {run.key: run for run in importlib.import_module(f"studies.{study}").RUNS if is_wanted(run, flags)}
     return [run for key, run in runs.items() if key not in done]
+
+
+def is_wanted(run: Run, flags: argparse.Namespace) -> bool:
+    return (not flags.group or run.group in flags.group) and (flags.seed is None or run.seed in flags.seed)
 
 
 def execute(study: str, run: Run, flags: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def work(flags: argparse.Namespace) -> int:
     for study in flags.studies:
         tried: set[str] = set()
         # Read again after each run, because other processes work on the same list
-        while runs := [r for r in missing_runs(study, flags.group, flags.results) if r.key not in tried]:
+        while runs := [r for r in missing_runs(study, flags) if r.key not in tried]:
             run = runs[0]
             tried.add(run.key)
             with claimed(study, run) as is_ours:
@@ -95,7 +98,7 @@ def main() -> None:
     flags = parse_flags()
     if flags.list:
         for study in flags.studies:
-            for run in missing_runs(study, flags.group, flags.results):
+            for run in missing_runs(study, flags):
                 print(study, describe(run))
         return
     # One thread: two such runs share two cores better than one run with two threads

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from studies.pictures import dots, dots_by_group
-from studies.runs import Run, run
+from studies.runs import Run, run, with_seeds
 from studies.tables import markdown_table, of_one_seed, table
 
 
@@ -68,9 +68,10 @@ def runs(
 
 
 BOTH, FORWARD_KL, OPD, JSD = both(-1.0, 1.0), outliers("forward_kl"), objective("opd"), gkd(0.5)
+GUIDED = both(-1.0, 1.0, guidance="teacher")
 METHODS: dict[str, Method] = {
     "TrOPD, forward KL and clip at -1": BOTH,
-    "TrOPD, forward KL and clip at -1, guided by the teacher": both(-1.0, 1.0, guidance="teacher"),
+    "TrOPD, forward KL and clip at -1, guided by the teacher": GUIDED,
     "TrOPD, forward KL and clip at -2": both(-2.0, 1.0),
     "TrOPD, forward KL and 2 x clip at -1": both(-1.0, 2.0),
     "TrOPD, forward KL and 0.3 x clip at -1": both(-1.0, 0.3),
@@ -95,23 +96,33 @@ SEARCH_OF_RATES = [
     *runs([BOTH, OPD, JSD], ("reliable",), times_rate=3.0, group="learning rate"),
     *runs([BOTH, OPD, JSD], ("otherwise",), times_rate=0.3, group="learning rate"),
 ]
+# One change each of the default: how many of the teacher's tokens (of 16), and the guidance's length over the run
+SINGLE_CHANGES: dict[str, Method] = {
+    "the default": BOTH,
+    "`outlier_top_k=1`": both(-1.0, 1.0, outlier_top_k=1),
+    "`outlier_top_k=4`": both(-1.0, 1.0, outlier_top_k=4),
+    "guided by the teacher": GUIDED,
+    "guided, `guidance_schedule='linear'`": both(-1.0, 1.0, guidance="teacher", guidance_schedule="linear"),
+    "guided, `guidance_schedule='constant'`": both(-1.0, 1.0, guidance="teacher", guidance_schedule="constant"),
+    "guided, `guidance_share=0.5`": both(-1.0, 1.0, guidance="teacher", guidance_share=0.5),
+    "guided, `guidance_coef=0`": both(-1.0, 1.0, guidance="teacher", guidance_coef=0.0),
+}
 BASE: Method = "tropd", {"objective": "opd"}  # 0 updates
 NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
     *SEARCH,
     *SEARCH_OF_RATES,
-    *runs([BASE], PAIRS, NO_UPDATES, group="base"),
-    *runs(FINALISTS, PAIRS, group="finalists"),
-    *runs(METHODS.values(), ("reliable", "otherwise"), group="others"),
-    *runs(FINALISTS, PAIRS, seed=1, group="finalists"),
-    *runs(FINALISTS, PAIRS, seed=2, group="finalists"),
+    *runs([BASE], PAIRS, NO_UPDATES, copy="second", group="final"),
+    *with_seeds(runs([*FINALISTS, GUIDED], PAIRS, copy="second", group="final"), range(5)),
+    *runs(SINGLE_CHANGES.values(), PAIRS, copy="second", group="changes"),
+    *runs(METHODS.values(), ("reliable", "otherwise"), copy="second", group="others"),
 ]
 MEASURES = ("accuracy", "accuracy_greedy", "kl_to_teacher")
 
 
 def rows_of(pair: str) -> dict[str, Run]:
-    before = {"before": runs([BASE], (pair,), NO_UPDATES)[0]}
-    return before | {name: runs([method], (pair,))[0] for name, method in METHODS.items()}
+    before = {"before": runs([BASE], (pair,), NO_UPDATES, copy="second")[0]}
+    return before | {name: runs([method], (pair,), copy="second")[0] for name, method in METHODS.items()}
 
 
 def results_on(pair: str) -> str:
@@ -156,8 +167,8 @@ def rates() -> str:
 
 def draw_pairs(axis: Any) -> None:
     """The methods that were run on all pairs."""
-    shown = {name.split(" (")[0]: method for name, method in METHODS.items() if method in FINALISTS}
-    groups = {pair: {name: runs([method], (pair,))[0] for name, method in shown.items()} for pair in PAIRS}
+    shown = [name for name, method in METHODS.items() if method in [*FINALISTS, GUIDED]]
+    groups = {pair: {name.split(" (")[0]: rows_of(pair)[name] for name in shown} for pair in PAIRS}
     dots_by_group(axis, "tropd", groups, "TrOPD: accuracy by pair of student and teacher", "accuracy")
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studies import measures, runs, smoke
 from studies.low_precision import SAMPLERS
-from studies.run import main
+from studies.run import main, missing_runs, parse_flags
 from studies.tasks import TASKS
 
 
@@ -34,6 +34,15 @@ def test_another_copy_of_a_policy_is_not_mixed_with_the_first(tmp_path):
     runs.check_copy("smoke", elsewhere, "b", tmp_path)
     with pytest.raises(ValueError, match="Name a new copy"):
         runs.check_copy("smoke", first, "b", tmp_path)
+
+
+def test_a_seed_or_a_group_narrows_what_is_missing(tmp_path):
+    def missing(*flags):
+        return missing_runs("smoke", parse_flags(["smoke", "--results", str(tmp_path), *flags]))
+
+    assert len(missing()) == len(missing("--seed", "0")) == len(smoke.RUNS)
+    assert missing("--seed", "1", "2") == []
+    assert {run.group for run in missing("--seed", "0", "--group", "quick")} == {"quick"}
 
 
 def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
