@@ -86,6 +86,13 @@ ANCHORS = {
     for sampler in ("4 bits", "5 bits")
     for name in ("GRPO, token truncate", *DECOUPLED, "DRPO, 0.5", "GRPO, clip 0.2")
 }
+# The same small search of the learning rate for each
+STALE_FINALISTS = ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5")
+STALE_RATES = {
+    f"{name}, {rate:g}": stale(name, 16, rate, copy="second", group="learning rate")
+    for rate in (2.5e-5, 5e-5, 1e-4)
+    for name in STALE_FINALISTS
+}
 # Likewise: the learning rate at which the first of them breaks, and samplers that are hardly another policy
 ON_THE_SECOND: dict[str, Any] = {"copy": "second", "group": "other samplers"}
 CORRECTED_OLD = "DRPO, 0.15, old policy, token truncate"
@@ -104,10 +111,7 @@ OTHER_SAMPLERS = {
 # With five seeds, and on the test problems too
 ON_TEST: dict[str, Any] = {"copy": "second", "group": "final", "final": True}
 FINALISTS = {
-    **{
-        f"16 updates: {name}": stale(name, 16, **ON_TEST)
-        for name in ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5")
-    },
+    **{f"16 updates: {name}": stale(name, 16, **ON_TEST) for name in STALE_FINALISTS},
     **{
         f"4 bits: {name}": low_precision(name, "4 bits", **ON_TEST)
         for name in ("GRPO, clip 0.2", "GRPO, token truncate", CORRECTED_OLD, "DRPO, 0.5", "none")
@@ -118,6 +122,7 @@ RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
 RUNS += with_seeds(FINALISTS.values(), range(5))
 RUNS += with_seeds(FRESHER.values(), range(3))
 RUNS += OTHER_SAMPLERS.values()
+RUNS += with_seeds([run for run in STALE_RATES.values() if run.stages[0].settings["learning_rate"] != 1e-4], (0, 1))
 
 
 DIPS = {"worst dip": lambda found: f"{found.worst_dip():.2f}"}
@@ -140,6 +145,10 @@ def finalists() -> str:
 
 def fresher() -> str:
     return table("drpo", FRESHER, "validation", first="updates per batch: region", extra=DIPS)
+
+
+def rates() -> str:
+    return table("drpo", STALE_RATES, "validation", first="region, learning rate", extra=DIPS)
 
 
 def other_samplers() -> str:
@@ -166,6 +175,7 @@ TABLES = {
     "staleness": regions_table,
     "precision": precision_table,
     "anchors": anchors,
+    "rates": rates,
     "fresher": fresher,
     "samplers": other_samplers,
 }

@@ -127,6 +127,7 @@ THREE_ROUNDS: dict[str, dict[str, Any]] = {
     "`scale_rewards='batch'`": {"scale_rewards": "batch"},
     "512 prompts with 4 rollouts each": {"prompts_per_round": 512, "num_generations": 4},
     "`distillation_passes=4`, `learning_rate=6e-5`": {"distillation_passes": 4, "learning_rate": 6e-5},
+    "512 prompts with 8 rollouts each, twice the rollouts": {"prompts_per_round": 512},
 }
 IN_ROUNDS = {
     name: run(
@@ -190,12 +191,19 @@ BESIDE = {
     for method in ("drpo", "grpo")
 }
 BESIDE |= {f"{method.upper()}, 24 phases": beside(method, 8, 2, max_steps=192) for method in ("drpo", "grpo")}
+# Twice the rollouts in a round, and GRPO from as many
+LARGER = {
+    "ERPD, three rounds of 4,096": run(
+        "erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, "prompts_per_round": 512}, **ON_TEST
+    ),
+    "GRPO, 48 phases": beside("grpo", 8, 2, max_steps=384),
+}
 BASE = {"base policy": run("grpo", {"max_steps": 0}, **ON_TEST)}
 RATES_OF_DRPO = {
     rate: Run(**{**vars(beside("drpo", 8, 2, learning_rate=rate)), "final": False, "group": "second copy"})
     for rate in (2.5e-5, 5e-5, 1e-4)
 }
-ROWS = {**FINALISTS, **BESIDE}
+ROWS = {**FINALISTS, **BESIDE}  # with five seeds each
 RUNS = [
     *SEARCH,
     *SMALL,
@@ -206,6 +214,7 @@ RUNS = [
     *BY_RATE.values(),
     *RATES_OF_DRPO.values(),
     *with_seeds(ROWS.values(), range(5)),
+    *with_seeds(LARGER.values(), range(2)),
 ]
 
 
@@ -224,7 +233,7 @@ def extreme_region(run: Run, split: str = "test") -> Summary | None:
 def finalists() -> str:
     spent = ("rollouts", "sampling_phases", "updates")
     teacher = {"ERPD, its extreme region policy": extreme_region(FINALISTS["ERPD"])}
-    return table("erpd", {**BASE, **teacher, **ROWS}, spent=spent)
+    return table("erpd", {**BASE, **teacher, **ROWS, **LARGER}, spent=spent)
 
 
 def wide_search() -> str:
@@ -235,12 +244,6 @@ def wide_search() -> str:
 
 def changes() -> str:
     return table("erpd", CHANGED, "validation", first="settings", extra=OF_TEACHER)
-
-
-def phases() -> str:
-    spent = ("sampling_phases", "updates")
-    rows = {f"{m.upper()}, {n} phase{'s' * (n > 1)}": run for (m, n), run in POLICY_GRADIENT.items()}
-    return table("erpd", rows, "validation", spent=spent)
 
 
 def rounds() -> str:
@@ -337,7 +340,6 @@ TABLES = {
     "finalists": finalists,
     "search": wide_search,
     "changes": changes,
-    "phases": phases,
     "rates": rates,
     "rounds": rounds,
     "second": second_copy,

@@ -4,7 +4,7 @@ Makes the tables and pictures of docs/ from the results of the studies.
     python -m studies.report
 
 A study module may have `TABLES`, functions that return Markdown, by name, and `PICTURES`, functions that draw on a
-matplotlib figure, by file name. In docs/*.md the table `frontier` of `studies/erpd.py` stands between
+matplotlib figure, by file name. In docs/**/*.md the table `frontier` of `studies/erpd.py` stands between
 `<!-- studies erpd frontier -->` and `<!-- end -->`.
 """
 
@@ -50,7 +50,7 @@ def draw(study: str, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text()
         if (new := with_tables(text)) != text:
             page.write_text(new)

@@ -12,7 +12,7 @@ from trl_ext.trust_regions import TRUST_REGIONS
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)(?:\s+"([^"]*)")?\)')  # label, target, title
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 ROWS = [line for line in METHODS.splitlines() if line.startswith("| ") and "Config(" in line]

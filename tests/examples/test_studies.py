@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from studies import measures, runs, smoke
+from studies import measures, report, runs, smoke
 from studies.low_precision import SAMPLERS
 from studies.run import main, missing_runs, parse_flags
 from studies.tasks import TASKS
@@ -43,6 +43,12 @@ def test_a_seed_or_a_group_narrows_what_is_missing(tmp_path):
     assert len(missing()) == len(missing("--seed", "0")) == len(smoke.RUNS)
     assert missing("--seed", "1", "2") == []
     assert {run.group for run in missing("--seed", "0", "--group", "quick")} == {"quick"}
+
+
+@pytest.mark.parametrize("page", sorted(report.DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(report.DOCS)))
+def test_the_tables_of_the_documentation_are_those_of_the_results(page):
+    text = page.read_text()
+    assert report.with_tables(text) == text, "run python -m studies.report"
 
 
 def test_only_so_many_slots_and_one_process_for_a_run(tmp_path, monkeypatch):
