@@ -1,10 +1,11 @@
 """DRPO: which trust region, and which radius, once rollouts are stale or come from a sampler of lower precision."""
 
+from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
-from studies.pictures import dots
 from studies.runs import UNSCORED, Run, run, with_seeds
-from studies.tables import table
+from studies.tables import summary, table
 
 
 # name -> (method, settings). DRPO's radius from where hardly anything may move to where the region never binds
@@ -62,12 +63,6 @@ def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others
 
 
 STALENESS = {name: stale(name, 16) for name in REGIONS}
-# With fewer updates per batch, on the second copy of the policies
-FRESHER = {
-    f"{updates} updates: {name}": stale(name, updates, copy="second", group="fresher")
-    for updates in (8, 4)
-    for name in ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5", "DRPO, 12.5", "SPO, 0.2", "none")
-}
 # What the sampler differs by before training, per token: 8e-3 and 4e-4 nats in the mean
 MISMATCHED = ["GRPO, clip 0.2", "GRPO, token truncate", *(f"DRPO, {r:g}" for r in (0.15, 0.5, 2.5, 12.5)), OWN]
 MISMATCHED += ["SPO, 0.2", "DPPO-TV, 0.15", "none"]
@@ -86,43 +81,45 @@ ANCHORS = {
     for sampler in ("4 bits", "5 bits")
     for name in ("GRPO, token truncate", *DECOUPLED, "DRPO, 0.5", "GRPO, clip 0.2")
 }
-# The same small search of the learning rate for each
+# The same small search of the learning rate for each, on the second copy. 1e-4, that of the tables above, is too high
+BY_RATE: dict[str, Any] = {"copy": "second", "group": "learning rate"}
+RATES = (2.5e-5, 5e-5, 1e-4)
 STALE_FINALISTS = ("GRPO, clip 0.2", "GRPO, clip 0.2/0.28", "DRPO, 0.15", "DRPO, 0.5")
-STALE_RATES = {
-    f"{name}, {rate:g}": stale(name, 16, rate, copy="second", group="learning rate")
-    for rate in (2.5e-5, 5e-5, 1e-4)
-    for name in STALE_FINALISTS
-}
-# Likewise: the learning rate at which the first of them breaks, and samplers that are hardly another policy
-ON_THE_SECOND: dict[str, Any] = {"copy": "second", "group": "other samplers"}
+STALE_RATES = {f"{name}, {rate:g}": stale(name, 16, rate, **BY_RATE) for name in STALE_FINALISTS for rate in RATES}
 CORRECTED_OLD = "DRPO, 0.15, old policy, token truncate"
+PRECISION_FINALISTS = ("GRPO, clip 0.2", "GRPO, token truncate", CORRECTED_OLD, "DRPO, 0.5", "none")
+PRECISION_RATES = {
+    f"{name}, {rate:g}": low_precision(name, "4 bits", rate, **BY_RATE)
+    for name in PRECISION_FINALISTS
+    for rate in RATES
+}
+# Samplers that are hardly another policy
 OTHER_SAMPLERS = {
-    "4 bits: DPPO-KL, 0.05": low_precision("DPPO-KL, 0.05", "4 bits", **ON_THE_SECOND),
-    **{
-        f"4 bits, learning rate 3e-4: {name}": low_precision(name, "4 bits", 3e-4, **ON_THE_SECOND)
-        for name in ("GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.5", CORRECTED_OLD, "none")
-    },
-    **{
-        f"{sampler}: {name}": low_precision(name, sampler, **ON_THE_SECOND)
-        for sampler in ("8 bits", "bfloat16")
-        for name in ("GRPO, clip 0.2", "GRPO, token truncate", "DRPO, 0.15", "DRPO, 0.5", "none")
-    },
+    f"{sampler}: {name}": low_precision(name, sampler, 5e-5, copy="second", group="other samplers")
+    for sampler in ("8 bits", "bfloat16")
+    for name in ("GRPO, clip 0.2", "DRPO, 0.15", "DRPO, 0.5")
 }
-# With five seeds, and on the test problems too
+# With more seeds, and on the test problems too, at the best rates of each: they are the same for all
 ON_TEST: dict[str, Any] = {"copy": "second", "group": "final", "final": True}
-FINALISTS = {
-    **{f"16 updates: {name}": stale(name, 16, **ON_TEST) for name in STALE_FINALISTS},
-    **{
-        f"4 bits: {name}": low_precision(name, "4 bits", **ON_TEST)
-        for name in ("GRPO, clip 0.2", "GRPO, token truncate", CORRECTED_OLD, "DRPO, 0.5", "none")
-    },
+FINALISTS = {f"16 updates: {name}": stale(name, 16, 2.5e-5, **ON_TEST) for name in STALE_FINALISTS} | {
+    f"4 bits: {name}": low_precision(name, "4 bits", 5e-5, **ON_TEST)
+    for name in PRECISION_FINALISTS
+    if name != "GRPO, clip 0.2"
 }
+
+
+def is_of_tables(run: Run) -> bool:
+    return (
+        run.stages[0].settings["learning_rate"] == 1e-4
+    )  # made for the anchors and, in an earlier list of finalists, for stale rollouts
+
+
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
 RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
-RUNS += with_seeds(FINALISTS.values(), range(5))
-RUNS += with_seeds(FRESHER.values(), range(3))
+RUNS += with_seeds(FINALISTS.values(), range(3))
 RUNS += OTHER_SAMPLERS.values()
-RUNS += with_seeds([run for run in STALE_RATES.values() if run.stages[0].settings["learning_rate"] != 1e-4], (0, 1))
+RUNS += with_seeds([run for run in STALE_RATES.values() if not is_of_tables(run)], (0, 1))
+RUNS += [run for run in PRECISION_RATES.values() if not is_of_tables(run)]
 
 
 DIPS = {"worst dip": lambda found: f"{found.worst_dip():.2f}"}
@@ -143,12 +140,12 @@ def finalists() -> str:
     return table("drpo", FINALISTS, first="mismatch: region", extra=DIPS)
 
 
-def fresher() -> str:
-    return table("drpo", FRESHER, "validation", first="updates per batch: region", extra=DIPS)
-
-
-def rates() -> str:
+def stale_rates() -> str:
     return table("drpo", STALE_RATES, "validation", first="region, learning rate", extra=DIPS)
+
+
+def precision_rates() -> str:
+    return table("drpo", PRECISION_RATES, "validation", first="region, learning rate", extra=DIPS)
 
 
 def other_samplers() -> str:
@@ -159,15 +156,34 @@ def anchors() -> str:
     return table("drpo", ANCHORS, "validation", first="sampler: region", extra=DIPS)
 
 
+def draw_rates(axis: Any, rows: Mapping[str, Run], title: str) -> None:
+    """Accuracy over the learning rate on the validation problems: a line for each region, a dot for each seed."""
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for name, row in rows.items():
+        if found := summary("drpo", row, "validation"):
+            region, _, rate = name.rpartition(", ")
+            lines.setdefault(region, []).append((float(rate), found.values("accuracy", "validation")))
+    for index, (region, points) in enumerate(lines.items()):
+        colour = f"C{index}"
+        axis.plot([x for x, _ in points], [fmean(values) for _, values in points], color=colour, label=region)
+        for x, values in points:
+            axis.plot([x] * len(values), values, "o", color=colour, markersize=3)
+    axis.set(xscale="log", xlabel="learning rate")
+    axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    axis.minorticks_off()
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+
+
 def draw_staleness(axis: Any) -> None:
-    dots(axis, "drpo", STALENESS, "DRPO: 16 updates per batch, accuracy", "accuracy", "validation")
+    draw_rates(axis, STALE_RATES, "DRPO: 16 updates per batch, accuracy by learning rate")
 
 
 def picture(figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     draw_staleness(left)
-    rows = {f"{name}, {sampler}": run for sampler, runs in PRECISION.items() for name, run in runs.items()}
-    dots(right, "drpo", rows, "a sampler of lower precision: accuracy", "accuracy", "validation")
+    draw_rates(right, PRECISION_RATES, "a sampler of 4 bits, accuracy by learning rate")
 
 
 TABLES = {
@@ -175,8 +191,8 @@ TABLES = {
     "staleness": regions_table,
     "precision": precision_table,
     "anchors": anchors,
-    "rates": rates,
-    "fresher": fresher,
+    "stalerates": stale_rates,
+    "precisionrates": precision_rates,
     "samplers": other_samplers,
 }
 PICTURES = {"drpo.png": picture}

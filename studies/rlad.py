@@ -223,15 +223,14 @@ def by_teacher() -> str:
     return tables.markdown_table(header, lines)
 
 
-def finalists(task: str) -> dict[str, Run]:
-    rows = {name: at_rate(name, BEST_RATE[task], task=task, copy="second") for name in FINALISTS}
-    return rows | without_reward(task, copy="second")
+def finalists(task: str, copy: str = "second") -> dict[str, Run]:
+    rows = {name: at_rate(name, BEST_RATE[task], task=task, copy=copy) for name in FINALISTS}
+    return rows | without_reward(task, copy=copy)
 
 
-def table(task: str) -> str:
-    return tables.table(
-        "rlad", finalists(task), measures=("accuracy", "accuracy_greedy", "kl_to_base"), first="method"
-    )
+def table(task: str, copy: str = "second") -> str:
+    measures = ("accuracy", "accuracy_greedy", "kl_to_base")
+    return tables.table("rlad", finalists(task, copy), measures=measures, first="method")
 
 
 def draw_methods(axis: Any) -> None:
@@ -249,6 +248,8 @@ TABLES = {
     "rates": searched_rates,
     "sums": lambda: table("sums"),
     "puzzles": lambda: table("puzzles"),
+    "firstsums": lambda: table("sums", copy=""),
+    "firstpuzzles": lambda: table("puzzles", copy=""),
     "teachers": by_teacher,
     "coefficients": coefficients,
     "regions": lambda: tables.table("rlad", REGIONS, "validation"),
