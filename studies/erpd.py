@@ -298,7 +298,7 @@ def draw_frontier(axis: Any) -> None:
             axis.plot(found.values("kl_to_base"), found.values("accuracy"), linestyle="", label=name, **style)
     axis.set(xlabel="KL to base, nats per sequence", ylabel="accuracy, sampled")
     axis.set_title("ERPD: 2,048 rollouts on sums, a dot for each seed", fontsize=9)
-    axis.legend(fontsize=7, loc="best")
+    axis.legend(fontsize=6, loc="upper left")
     axis.grid(alpha=0.3)
 
 

@@ -233,14 +233,20 @@ def table(task: str, copy: str = "second") -> str:
     return tables.table("rlad", finalists(task, copy), measures=measures, first="method")
 
 
+def short(name: str) -> str:
+    """For a picture."""
+    return name.replace(", `kdrl_coef` 0.005", ", 5e-3").replace(", alpha grows to 1", "").split(" (the")[0]
+
+
 def draw_methods(axis: Any) -> None:
-    groups = {task: {name: run for name, run in finalists(task).items() if name in FINALISTS} for task in TASKS}
+    groups = {task: {short(n): run for n, run in finalists(task).items() if n in FINALISTS} for task in TASKS}
     dots_by_group(axis, "rlad", groups, "RLAD: accuracy by method and task", "accuracy")
 
 
 def picture(figure: Any) -> None:
     for axis, task in zip(figure.subplots(1, 2), TASKS, strict=True):
-        dots(axis, "rlad", finalists(task), f"{task}: accuracy, sampled", "accuracy")
+        rows = {short(name): run for name, run in finalists(task).items()}
+        dots(axis, "rlad", rows, f"{task}: accuracy, sampled", "accuracy")
 
 
 TABLES = {

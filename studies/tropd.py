@@ -172,11 +172,16 @@ def rates() -> str:
     return markdown_table(["method", *header], lines)
 
 
+def short(name: str) -> str:
+    """For a picture, where `both` is the forward KL and the clip."""
+    return name.replace("forward KL and clip", "both").replace(" by the teacher", "").split(" (")[0]
+
+
 def draw_pairs(axis: Any) -> None:
     """The methods that were run on all pairs."""
     shown = [name for name, method in METHODS.items() if method in [*FINALISTS, GUIDED]]
-    groups = {pair: {name.split(" (")[0]: rows_of(pair)[name] for name in shown} for pair in PAIRS}
-    dots_by_group(axis, "tropd", groups, "TrOPD: accuracy by pair of student and teacher", "accuracy")
+    groups = {pair: {short(name): rows_of(pair)[name] for name in shown} for pair in PAIRS}
+    dots_by_group(axis, "tropd", groups, "TrOPD (both: forward KL and clip): accuracy by pair", "accuracy")
 
 
 def picture(figure: Any) -> None:
@@ -184,9 +189,7 @@ def picture(figure: Any) -> None:
     axes = figure.subplots(1, len(PAIRS))
     for axis, pair in zip(axes, PAIRS, strict=True):
         rows = {
-            name.replace("forward KL and clip", "both").replace(", guided by the teacher", ", guided"): run
-            for name, run in rows_of(pair).items()
-            if "x clip" not in name and "expected" not in name
+            short(name): run for name, run in rows_of(pair).items() if "x clip" not in name and "expected" not in name
         }
         dots(axis, "tropd", rows, pair, "accuracy")
 
