@@ -45,7 +45,10 @@ def test_a_seed_or_a_group_narrows_what_is_missing(tmp_path):
     assert {run.group for run in missing("--seed", "0", "--group", "quick")} == {"quick"}
 
 
-@pytest.mark.parametrize("page", sorted(report.DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(report.DOCS)))
+PAGES = sorted(report.DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(report.DOCS)))
 def test_the_tables_of_the_documentation_are_those_of_the_results(page):
     text = page.read_text()
     assert report.with_tables(text) == text, "run python -m studies.report"
