@@ -199,8 +199,12 @@ LARGER = {
     "GRPO, 48 phases": beside("grpo", 8, 2, max_steps=384),
 }
 BASE = {"base policy": run("grpo", {"max_steps": 0}, **ON_TEST)}
-RATES_OF_DRPO = {
-    rate: Run(**{**vars(beside("drpo", 8, 2, learning_rate=rate)), "final": False, "group": "second copy"})
+RATES_BESIDE = {
+    f"{method.upper()}, {phases} phase{'s' * (phases > 1)}, {rate:g}": Run(
+        **{**vars(beside(method, phases, passes, learning_rate=rate)), "final": False, "group": "second copy"}
+    )
+    for phases, passes, methods in ((8, 2, ("drpo",)), (1, 8, ("drpo", "grpo")))
+    for method in methods
     for rate in (2.5e-5, 5e-5, 1e-4)
 }
 ROWS = {**FINALISTS, **BESIDE}  # with five seeds each
@@ -212,7 +216,7 @@ RUNS = [
     *SECOND.values(),
     *BASE.values(),
     *BY_RATE.values(),
-    *RATES_OF_DRPO.values(),
+    *RATES_BESIDE.values(),
     *with_seeds(ROWS.values(), range(5)),
     *with_seeds(LARGER.values(), range(2)),
 ]
@@ -258,6 +262,10 @@ def second_copy() -> str:
 def rates() -> str:
     rows = {f"{method.upper()}, {rate:g}": run for (method, rate), run in BY_RATE.items()}
     return table("erpd", rows, "validation", first="8 phases, learning rate")
+
+
+def rates_beside() -> str:
+    return table("erpd", RATES_BESIDE, "validation", first="learning rate")
 
 
 OF_TEACHER: dict[str, Callable[[Summary], str]] = {
@@ -341,6 +349,7 @@ TABLES = {
     "search": wide_search,
     "changes": changes,
     "rates": rates,
+    "ratesbeside": rates_beside,
     "rounds": rounds,
     "second": second_copy,
 }
