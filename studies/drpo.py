@@ -63,7 +63,6 @@ def low_precision(name: str, sampler: str, learning_rate: float = 1e-4, **others
 
 
 STALENESS = {name: stale(name, 16) for name in REGIONS}
-# What the sampler differs by before training, per token: 8e-3 and 4e-4 nats in the mean
 MISMATCHED = ["GRPO, clip 0.2", "GRPO, token truncate", *(f"DRPO, {r:g}" for r in (0.15, 0.5, 2.5, 12.5)), OWN]
 MISMATCHED += ["SPO, 0.2", "DPPO-TV, 0.15", "none"]
 PRECISION = {
@@ -93,10 +92,10 @@ PRECISION_RATES = {
     for name in PRECISION_FINALISTS
     for rate in RATES
 }
-# Samplers that are hardly another policy
+# Samplers from far to hardly another policy, at the best of these rates
 OTHER_SAMPLERS = {
     f"{sampler}: {name}": low_precision(name, sampler, 5e-5, copy="second", group="other samplers")
-    for sampler in ("8 bits", "bfloat16")
+    for sampler in ("4 bits", "5 bits", "8 bits", "bfloat16")
     for name in ("GRPO, clip 0.2", "DRPO, 0.15", "DRPO, 0.5")
 }
 # With more seeds, and on the test problems too, at the best rates of each: they are the same for all
@@ -106,20 +105,12 @@ FINALISTS = {f"16 updates: {name}": stale(name, 16, 2.5e-5, **ON_TEST) for name 
     for name in PRECISION_FINALISTS
     if name != "GRPO, clip 0.2"
 }
-
-
-def is_of_tables(run: Run) -> bool:
-    return (
-        run.stages[0].settings["learning_rate"] == 1e-4
-    )  # made for the anchors and, in an earlier list of finalists, for stale rollouts
-
-
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
 RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
 RUNS += with_seeds(FINALISTS.values(), range(3))
 RUNS += OTHER_SAMPLERS.values()
-RUNS += with_seeds([run for run in STALE_RATES.values() if not is_of_tables(run)], (0, 1))
-RUNS += [run for run in PRECISION_RATES.values() if not is_of_tables(run)]
+RUNS += with_seeds(STALE_RATES.values(), (0, 1))
+RUNS += PRECISION_RATES.values()
 
 
 DIPS = {"worst dip": lambda found: f"{found.worst_dip():.2f}"}

@@ -73,7 +73,9 @@ def load_results(study: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def finished(study: str, folder: Path = RESULTS) -> set[str]:
-    return {identity(result["run"]) for result in load_results(study, folder)}
+    """Of the results there are. One on the test problems has the validation problems too: it is both runs' result."""
+    runs = [result["run"] for result in load_results(study, folder)]
+    return {identity(run) for run in runs} | {identity({**run, "final": False}) for run in runs}
 
 
 def check_copy(study: str, run: Run, weights: str, folder: Path = RESULTS) -> None:

@@ -36,6 +36,15 @@ def test_another_copy_of_a_policy_is_not_mixed_with_the_first(tmp_path):
         runs.check_copy("smoke", first, "b", tmp_path)
 
 
+def test_a_result_on_the_test_problems_is_one_on_the_validation_problems_too(tmp_path):
+    chosen, reported = runs.run("grpo", final=False), runs.run("grpo")
+    runs.append_result("smoke", {"run": json.loads(reported.key)}, tmp_path)
+    assert {chosen.key, reported.key} <= runs.finished("smoke", tmp_path)
+    runs.append_result("other", {"run": json.loads(chosen.key)}, tmp_path)
+    assert chosen.key in runs.finished("other", tmp_path)
+    assert reported.key not in runs.finished("other", tmp_path)
+
+
 def test_a_seed_or_a_group_narrows_what_is_missing(tmp_path):
     def missing(*flags):
         return missing_runs("smoke", parse_flags(["smoke", "--results", str(tmp_path), *flags]))
