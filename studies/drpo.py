@@ -90,7 +90,20 @@ PRECISION_FINALISTS = ("GRPO, clip 0.2", "GRPO, token truncate", CORRECTED_OLD, 
 PRECISION_RATES = {
     f"{name}, {rate:g}": low_precision(name, "4 bits", rate, **BY_RATE)
     for name in PRECISION_FINALISTS
+    for rate in (*RATES, 2e-4)
+}
+# Fewer updates per batch. With one, before which nothing is stale, all regions are the same
+FEWER_UPDATES = {
+    f"{updates} updates: {name}, {rate:g}": stale(name, updates, rate, copy="second", group="fewer updates")
+    for updates in (4, 8)
+    for name in STALE_FINALISTS
     for rate in RATES
+}
+# Every region at the best rate and, where that rate might favour the one that never binds, at twice it
+REGION: dict[str, Any] = {"copy": "second", "group": "region"}
+STALE_REGIONS = {f"{name}, {rate:g}": stale(name, 16, rate, **REGION) for rate in (2.5e-5, 5e-5) for name in REGIONS}
+PRECISION_REGIONS = {
+    name: low_precision(name, "4 bits", 5e-5, **REGION) for name in [*REGIONS, *CORRECTED, *DECOUPLED, OWN]
 }
 # Samplers from far to hardly another policy, at the best of these rates
 OTHER_SAMPLERS = {
@@ -107,8 +120,9 @@ FINALISTS = {f"16 updates: {name}": stale(name, 16, 2.5e-5, **ON_TEST) for name 
 }
 RUNS = [*(run for runs in PRECISION.values() for run in runs.values()), *STALENESS.values(), *TOO_FAST.values()]
 RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
-RUNS += with_seeds(FINALISTS.values(), range(3))
+RUNS += with_seeds(FINALISTS.values(), range(5))
 RUNS += OTHER_SAMPLERS.values()
+RUNS += [*STALE_REGIONS.values(), *PRECISION_REGIONS.values(), *FEWER_UPDATES.values()]
 RUNS += with_seeds(STALE_RATES.values(), (0, 1))
 RUNS += PRECISION_RATES.values()
 

@@ -106,6 +106,18 @@ SINGLE_CHANGES: dict[str, Method] = {
     "guided, `guidance_schedule='linear'`": both(-1.0, 1.0, guidance="teacher", guidance_schedule="linear"),
     "guided, `guidance_schedule='constant'`": both(-1.0, 1.0, guidance="teacher", guidance_schedule="constant"),
 }
+# On the validation problems of all three pairs, with the full number of updates and two seeds
+COEFFICIENTS: dict[str, Method] = {
+    "clip at -1 (the default)": BOTH,
+    "clip at -0.5": both(-0.5, 1.0),
+    "clip at -2": both(-2.0, 1.0),
+    "0.3 x clip at -1": both(-1.0, 0.3),
+    "0.3 x clip at -2": both(-2.0, 0.3),
+    "2 x clip at -1": both(-1.0, 2.0),
+    "clip at -1, expected region": both(-1.0, 1.0, trust_region="expected"),
+    "clip at -2, expected region": both(-2.0, 1.0, trust_region="expected"),
+    "0.3 x clip at -2, expected region": both(-2.0, 0.3, trust_region="expected"),
+}
 BASE: Method = "tropd", {"objective": "opd"}  # 0 updates
 NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
@@ -114,6 +126,7 @@ RUNS = [
     *runs([BASE], PAIRS, NO_UPDATES, copy="second", group="final"),
     *with_seeds(runs([*FINALISTS, GUIDED], PAIRS, copy="second", group="final"), range(5)),
     *runs(SINGLE_CHANGES.values(), FEWER_UPDATES, copy="second", group="changes"),
+    *with_seeds(runs(COEFFICIENTS.values(), PAIRS, copy="second", group="coefficients", final=False), (0, 1)),
 ]
 MEASURES = ("accuracy", "accuracy_greedy", "kl_to_teacher")
 
