@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from studies.runs import UNSCORED, Run, run, with_seeds
-from studies.tables import summary, table
+from studies.tables import markdown_table, of_one_seed, summary, table
 
 
 # name -> (method, settings). DRPO's radius from where hardly anything may move to where the region never binds
@@ -157,6 +157,27 @@ def other_samplers() -> str:
     return table("drpo", OTHER_SAMPLERS, "validation", first="sampler: region", extra=DIPS)
 
 
+def stale_regions() -> str:
+    return table("drpo", STALE_REGIONS, "validation", first="region, learning rate", extra=DIPS)
+
+
+def precision_regions() -> str:
+    return table("drpo", PRECISION_REGIONS, "validation", first="region", extra=DIPS)
+
+
+def fewer_updates() -> str:
+    """Accuracy on the validation problems, one seed."""
+    lines = [
+        [
+            f"{updates} updates: {name}",
+            *(of_one_seed("drpo", stale(name, updates, rate, copy="second"), "validation") for rate in RATES),
+        ]
+        for updates in (4, 8, 16)
+        for name in STALE_FINALISTS
+    ]
+    return markdown_table(["updates per batch: region", *(f"{rate:g}" for rate in RATES)], lines)
+
+
 def anchors() -> str:
     return table("drpo", ANCHORS, "validation", first="sampler: region", extra=DIPS)
 
@@ -199,5 +220,8 @@ TABLES = {
     "stalerates": stale_rates,
     "precisionrates": precision_rates,
     "samplers": other_samplers,
+    "staleregions": stale_regions,
+    "precisionregions": precision_regions,
+    "fewerupdates": fewer_updates,
 }
 PICTURES = {"drpo.png": picture}

@@ -14,7 +14,7 @@ from typing import Any
 
 from studies.pictures import dots, dots_by_group
 from studies.runs import Run, run, with_seeds
-from studies.tables import markdown_table, of_one_seed, table
+from studies.tables import markdown_table, of_one_seed, summary, table
 
 
 PAIRS: dict[str, dict[str, Any]] = {
@@ -93,10 +93,7 @@ SEARCH = [
     *runs([BOTH, both(-2.0, 1.0), both(-3.0, 1.0), both(-2.0, 0.3), FORWARD_KL, OPD], FEWER_UPDATES, **SHORT),
     *runs([both(-1.0, 0.3), JSD], ("reliable",), **SHORT),
 ]
-SEARCH_OF_RATES = [
-    *runs([BOTH, OPD, JSD], ("reliable",), times_rate=3.0, group="learning rate"),
-    *runs([BOTH, OPD, JSD], ("otherwise",), times_rate=0.3, group="learning rate"),
-]
+SEARCHED_RATES = (0.3, 1.0, 3.0)  # times the pair's, on the validation problems
 # One change each of the default: how many of the teacher's tokens (of 16), and the guidance's length over the run
 SINGLE_CHANGES: dict[str, Method] = {
     "the default": BOTH,
@@ -118,15 +115,22 @@ COEFFICIENTS: dict[str, Method] = {
     "clip at -2, expected region": both(-2.0, 1.0, trust_region="expected"),
     "0.3 x clip at -2, expected region": both(-2.0, 0.3, trust_region="expected"),
 }
+# Beside the finalists, with fewer seeds
+OTHERS = [objective("eopd"), objective("reopold"), gkd(0.0), gkd(1.0)]
 BASE: Method = "tropd", {"objective": "opd"}  # 0 updates
 NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
     *SEARCH,
-    *SEARCH_OF_RATES,
     *runs([BASE], PAIRS, NO_UPDATES, copy="second", group="final"),
     *with_seeds(runs([*FINALISTS, GUIDED], PAIRS, copy="second", group="final"), range(5)),
     *runs(SINGLE_CHANGES.values(), FEWER_UPDATES, copy="second", group="changes"),
     *with_seeds(runs(COEFFICIENTS.values(), PAIRS, copy="second", group="coefficients", final=False), (0, 1)),
+    *with_seeds(runs(OTHERS, PAIRS, copy="second", group="others"), (0, 1)),
+    *[
+        run
+        for times in SEARCHED_RATES
+        for run in runs(FINALISTS, PAIRS, times_rate=times, copy="second", group="rates", final=False)
+    ],
 ]
 MEASURES = ("accuracy", "accuracy_greedy", "kl_to_teacher")
 
@@ -167,22 +171,32 @@ def search() -> str:
     return table("tropd", rows, "validation", MEASURES, first="pair: method")
 
 
+def coefficients() -> str:
+    """Accuracy on the validation problems, of as many seeds as there are."""
+    lines = []
+    for name, method in {**COEFFICIENTS, "forward KL alone (the paper's)": FORWARD_KL, "OPD": OPD}.items():
+        found = [summary("tropd", runs([method], (pair,), copy="second")[0], "validation") for pair in PAIRS]
+        cells = [each.spread("accuracy", "validation") if each else "" for each in found]
+        cells += [each.spread("accuracy_greedy", "validation") if each else "" for each in found[-1:]]
+        lines.append([name, *cells])
+    return markdown_table(["on outliers", *(f"`{pair}`" for pair in PAIRS), "`otherwise`, greedy"], lines)
+
+
 def rates() -> str:
-    """Accuracy on the validation problems, one seed; the paper's forward KL was not searched."""
-    shown = {name: method for name, method in METHODS.items() if method in (BOTH, OPD, JSD)}
-    columns = [("reliable", 1.0), ("reliable", 3.0), ("otherwise", 0.3), ("otherwise", 1.0)]
+    """Accuracy on the validation problems, one seed."""
+    shown = {name: method for name, method in METHODS.items() if method in FINALISTS}
     lines = [
         [
-            name,
+            f"`{pair}`, {times * LEARNING_RATES[pair]:.0e}",
             *(
-                of_one_seed("tropd", runs([method], (pair,), times_rate=times)[0], "validation")
-                for pair, times in columns
+                of_one_seed("tropd", runs([method], (pair,), times_rate=times, copy="second")[0], "validation")
+                for method in shown.values()
             ),
         ]
-        for name, method in shown.items()
+        for pair in PAIRS
+        for times in SEARCHED_RATES
     ]
-    header = [f"`{pair}`, {times * LEARNING_RATES[pair]:.0e}" for pair, times in columns]
-    return markdown_table(["method", *header], lines)
+    return markdown_table(["pair, learning rate", *shown], lines)
 
 
 def short(name: str) -> str:
@@ -214,6 +228,7 @@ TABLES = {
     **{f"first{pair}": partial(results_on, pair, copy="") for pair in PAIRS},
     "changes": changes,
     "search": search,
+    "coefficients": coefficients,
     "rates": rates,
 }
 PICTURES = {"tropd.png": picture}
