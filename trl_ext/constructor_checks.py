@@ -1,14 +1,15 @@
 """Checks of the arguments of a trainer's constructor, made before any model is loaded."""
 
 import inspect
+import re
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from trl import GRPOTrainer
 
 
 def check_model(model: Any, trainer: str) -> None:
@@ -116,11 +117,13 @@ def check_reward_signatures(reward_funcs: Any, dataset: Any, dataset_name: str, 
             continue
         try:
             parameters = inspect.signature(reward).parameters.values()
+            called = inspect.signature(reward, follow_wrapped=False).parameters.values()  # a decorator may filter
         except (TypeError, ValueError):  # of a function that is not written in Python
             continue
         name = getattr(reward, "__name__", type(reward).__name__)
         takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters) and (refused := sorted(given - takes)):
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in (*parameters, *called))
+        if not takes_all and (refused := sorted(given - takes)):
             raise TypeError(
                 f"The reward function {name!r} does not take {', '.join(refused)}, which it is called with: give it "
                 "**kwargs."
@@ -134,9 +137,17 @@ def check_reward_signatures(reward_funcs: Any, dataset: Any, dataset_name: str, 
 
 
 def explain_reward_error(error: Exception) -> None:
-    """Raises a `ValueError` if a reward function returned something that TRL could not turn into numbers."""
+    """
+    Raises a `TypeError` if TRL could not call a reward function, and a `ValueError` if it returned something that TRL
+    could not turn into numbers. What the function itself raised is left as it is.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if Path(frame.filename).name == "grpo_trainer.py" and "reward function" not in str(error):
+    if frame.filename == inspect.getfile(GRPOTrainer) and "reward function" not in str(error):
+        if isinstance(error, TypeError) and re.search("unexpected keyword|missing .* argument", str(error)):
+            raise TypeError(
+                f"A reward function could not be called ({error}): give it **kwargs, and every dataset a column for "
+                "each parameter of its own."
+            ) from error
         raise ValueError(
             f"The rewards are not one number, or None, per completion ({error}): return a flat list of numbers from "
             "each reward function."

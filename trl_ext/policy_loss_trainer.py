@@ -233,9 +233,14 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         """
         return batch
 
-    def tokenize_prompts(self, prompts: list[Any]) -> list[list[int]]:
-        """Token ids of prompts, text or messages, as those of the dataset's `prompt` column are made."""
-        return self._tokenize_prompts(prompts)[0]
+    def tokenize_prompts(self, prompts: list[Any], first: int = 0) -> list[list[int]]:
+        """
+        Token ids of prompts, text or messages, as those of the dataset's `prompt` column are made: with the tools of
+        the current rows' environments from row `first` on, where there are any.
+        """
+        environments = getattr(self, "_batch_environments", [])[first : first + len(prompts)]
+        with self._replaced(_batch_environments=environments):
+            return self._tokenize_prompts(prompts)[0]
 
     def roll_out(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """This process's completions of `rows`, scored and rewarded as TRL does it."""
@@ -255,13 +260,18 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         """Makes vLLM fetch the weights before it generates again, even within the same step."""
         self._last_loaded_step = -1
 
-    def score_completions(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    @property
+    def scoring_batch_size(self) -> int:
+        """Number of sequences per process that are scored at a time while the model is in this mode."""
+        mode = "train" if self.model.training else "eval"
+        return getattr(self.args, f"per_device_{mode}_batch_size")
+
+    def score_completions(self, model: Any, batch: dict[str, Any], batch_size: int | None = None) -> torch.Tensor:
         """
         Log-probabilities (nats) of a rollout batch's completions under any model with TRL's fused LM head, at the
-        trainer's temperature and in micro-batches: of shape `(batch, time)`.
+        trainer's temperature and in micro-batches of `batch_size`, or `scoring_batch_size`: of shape `(batch, time)`.
         """
-        mode = "train" if self.model.training else "eval"
-        return self._score(model, batch, batch_size=getattr(self.args, f"per_device_{mode}_batch_size"))[0]
+        return self._score(model, batch, batch_size=batch_size or self.scoring_batch_size)[0]
 
     def score_micro_batch(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of a micro-batch's completions under the policy, and its entropies, both in nats."""

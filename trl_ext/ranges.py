@@ -99,7 +99,7 @@ GRPO: dict[str, Range | Choice] = {
     "epsilon": Range(low=0),
     "epsilon_high": Range(low=0, optional=True),
     "delta": Range(above=0, optional=True),
-    "top_entropy_quantile": Range(above=0, high=1),
+    "top_entropy_quantile": Range(low=0, high=1),
     "scale_rewards": Choice((True, False, "group", "batch", "none")),
     "multi_objective_aggregation": Choice(("sum_then_normalize", "normalize_then_sum")),
     "vllm_mode": Choice(("server", "colocate")),

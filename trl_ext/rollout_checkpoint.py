@@ -8,6 +8,7 @@ import torch
 from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.trainer_utils import has_length
 
 from trl_ext.whole_checkpoint import WholeCheckpoints
 
@@ -61,6 +62,12 @@ class RolloutCheckpoints(WholeCheckpoints):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_rollouts(checkpoint)
+            if not has_length(self.train_dataset) and (self.state.epoch or 0) >= 1:
+                logger.warning(
+                    "The run does not resume exactly, because transformers begins another pass over an iterable "
+                    "train_dataset whose length it does not know: pass a Dataset to resume exactly after the first "
+                    "pass."
+                )
 
     def _load_rollouts(self, checkpoint: str) -> None:
         device = self.accelerator.device
@@ -77,7 +84,9 @@ class RolloutCheckpoints(WholeCheckpoints):
     def _run_identity(self) -> dict[str, Any]:
         """What the rollouts in a checkpoint depend on."""
         names = ["per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"]
-        names += ["num_iterations", "num_generations", "max_completion_length"]
+        names += ["num_iterations", "num_generations", "max_completion_length", "mask_truncated_completions"]
+        names += ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+        names += ["reward_weights", "scale_rewards", "multi_objective_aggregation"]
         return {
             "num_processes": self.accelerator.num_processes,
             "reference": self.beta != 0.0,

@@ -53,6 +53,7 @@ OPTIONS = {
     "entropy bonus": {"entropy_coef": 0.05},
     "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_delta": 0.05},
     "high-entropy tokens": {"top_entropy_quantile": 0.4, "beta": 0.1},
+    "the highest entropy alone": {"top_entropy_quantile": 0.0},
     "entropy bonus on high-entropy tokens": {"top_entropy_quantile": 0.4, "entropy_coef": 0.05},
     "off-policy mask": {"off_policy_mask_threshold": 0.01, "beta": 0.1},
     "truncated completions": {"mask_truncated_completions": True},

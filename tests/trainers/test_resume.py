@@ -108,6 +108,8 @@ def test_rollouts_are_restored_as_they_were(tmp_path):
         ),
         ({"beta": 0.1}, "reference False -> True"),
         ({"num_iterations": 3}, "num_iterations 4 -> 3"),
+        ({"temperature": 0.5}, "temperature 1.0 -> 0.5"),
+        ({"scale_rewards": "none"}, "scale_rewards group -> none"),
     ],
 )
 def test_rollouts_that_do_not_fit_the_run_are_not_used(path, tmp_path, caplog, changes, message):
@@ -168,3 +170,16 @@ def test_resume_is_exact_in_later_epochs(path, tmp_path):
             resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
         ):
             assert torch.equal(ours, theirs), f"{name} after resuming at step {step}"
+
+
+def test_an_iterable_dataset_says_where_resuming_is_not_exact(path, tmp_path, caplog):
+    """Two prompts per rollout batch of two passes: the second pass over four prompts begins at step 4."""
+
+    def resume(step):
+        caplog.clear()
+        data = tiny.prompts(4).to_iterable_dataset()
+        run(path, tmp_path / "resumed", str(tmp_path / f"checkpoint-{step}"), dataset=data, num_iterations=2)
+        return "does not resume exactly, because transformers begins another pass" in caplog.text
+
+    run(path, tmp_path, dataset=tiny.prompts(4).to_iterable_dataset(), num_iterations=2)
+    assert [resume(step) for step in (3, 5)] == [False, True]

@@ -9,6 +9,8 @@ from tiny_rlad import make_trainer, rollout_batch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from trl_ext.teacher.model import ModelTeacher
+
 
 def test_teacher_scores_once_a_rollout_batch_in_micro_batches(path, teacher_path, tmp_path):
     settings = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "num_iterations": 2, "max_steps": 8}
@@ -157,11 +159,11 @@ def test_the_trained_adapter_cannot_be_the_teacher(path, tmp_path):
 # ---- ends of sequence, tokenizers, vocabularies
 
 
-def other_end(tmp_path, seed=1):
+def other_end(tmp_path, seed=1, stops_at_both=False):
     """A model of the same tokens whose chat format ends with another one (`)`) than `<eos>`."""
     end = tiny.tokenizer().convert_tokens_to_ids(")")
     model = tiny.policy(seed, eos_token_id=end)
-    model.generation_config.eos_token_id = end
+    model.generation_config.eos_token_id = [end, 1] if stops_at_both else end  # as Qwen's chat models do
     model.save_pretrained(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = ")"
@@ -169,8 +171,9 @@ def other_end(tmp_path, seed=1):
     return str(tmp_path)
 
 
-def test_end_tokens_that_the_teacher_does_not_use_have_no_score(path, tmp_path):
-    teacher = other_end(tmp_path / "teacher")
+@pytest.mark.parametrize("stops_at_both", [False, True])
+def test_end_tokens_that_the_teacher_does_not_use_have_no_score(path, tmp_path, stops_at_both):
+    teacher = other_end(tmp_path / "teacher", stops_at_both=stops_at_both)
 
     def rollout(prompts, trainer):
         output = tiny.rollout(prompts, trainer)
@@ -191,6 +194,24 @@ def test_end_tokens_that_the_teacher_does_not_use_have_no_score(path, tmp_path):
     trainer.train()
     share = [log["teacher/neutral"] for log in trainer.state.log_history[:-1]]
     assert all(0 < value <= 0.5 for value in share)
+
+
+@pytest.mark.parametrize(
+    ("stops", "format_ends", "student", "foreign"),
+    [
+        ({7, 1}, {7}, [7, 1], []),  # two chat models of one family
+        ({7, 1}, {7}, [1], [1]),  # a base model and a chat model
+        ({7, 1}, {7}, [7], []),
+        ({7}, {7}, [7, 1], [1]),
+        ({1}, {1}, [7, 1], [7]),  # a chat model and a base model
+        ({7, 1}, set(), [1, 3], [3]),  # of a teacher whose tokenizer is not known
+        (None, set(), [1], []),
+    ],
+)
+def test_which_end_tokens_are_foreign(stops, format_ends, student, foreign):
+    teacher = ModelTeacher("not loaded")
+    teacher.eos_token_ids, teacher.format_ends = stops, format_ends
+    assert teacher.foreign_ends(student) == foreign
 
 
 def test_another_tokenizer_is_refused_before_any_model(path, tmp_path):

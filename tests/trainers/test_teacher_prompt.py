@@ -104,6 +104,25 @@ def test_too_long_a_prompt_for_the_teacher_is_named(tmp_path, scores_of, caplog)
     assert "was made for 20: shorten the column teacher_prompt" in caplog.text
 
 
+@pytest.mark.parametrize("hinted", [False, True])
+def test_a_row_without_one_is_scored_after_what_the_student_saw(tmp_path, hinted):
+    """Here a `rollout_func` with a template of its own, whatever the other rows of the batch have."""
+
+    def rollout(prompts, trainer):
+        return {**tiny.rollout([f"sum {prompt}" for prompt in prompts], trainer), "logprobs": None}
+
+    data = with_hints(teacher_prompt=["hint" if i % 2 and hinted else None for i in range(16)])
+    args = RLADConfig(**tiny.grpo_settings(tmp_path))
+    teacher, tokenizer = tiny.policy(1), tiny.tokenizer()
+    arguments = {"processing_class": tokenizer, "teacher_model": teacher, "rollout_func": rollout}
+    trainer = RLADTrainer(tiny.policy(), tiny.digits_reward, args, data, **arguments)
+    trainer.model.train()
+    rows = [trainer.train_dataset[i // 4] for i in range(8)]
+    batch = trainer.roll_out(rows)
+    prompts = [row["teacher_prompt"] or f"sum {row['prompt']}" for row in rows]
+    assert_scored_after(tiny.policy(1), prompts, batch, batch["teacher_per_token_logps"])
+
+
 # ---- the student without its adapter
 
 
@@ -121,6 +140,28 @@ def test_the_base_model_is_the_teacher_at_no_cost_of_memory(tmp_path, scores_of,
     assert moved == {name for name in start if "lora_" in name or "modules_to_save" in name}
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
     assert_scored_after(tiny.policy(), prompts, batch, scores)
+
+
+@pytest.mark.parametrize("teacher", ["base", "another model"])
+def test_the_teacher_scores_in_the_micro_batches_of_training(tmp_path, teacher):
+    """Not in those of evaluation, although the adapter is switched off in evaluation mode."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 8}
+    trainer = make_rlad(tmp_path, tiny.policy(1) if teacher != "base" else teacher, lora(), **sizes)
+    scored, score = [], trainer._score
+    trainer._score = lambda model, batch, **settings: scored.append(settings["batch_size"]) or score(
+        model, batch, **settings
+    )
+    trainer.model.train()
+    trainer.roll_out([trainer.train_dataset[i // 4] for i in range(8)])
+    assert scored == [2]
+
+
+def test_a_teacher_that_holds_the_students_adapter_is_refused(tmp_path):
+    model = tiny.policy()
+    student = lora(model)  # PEFT changes the model itself
+    with pytest.raises(ValueError, match="shares its weights, which would be frozen: pass .*teacher_model='base'"):
+        make_rlad(tmp_path, model, student)
+    assert any(parameter.requires_grad for parameter in student.parameters())
 
 
 def test_the_base_model_with_an_adapter_of_the_trainers(tmp_path):

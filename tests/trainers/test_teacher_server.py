@@ -175,6 +175,26 @@ def test_tokens_without_a_score_are_neutral(path, tmp_path, server):
     assert 0 < missing.sum() < batch["completion_mask"].sum() / 2
 
 
+@pytest.mark.parametrize("distillation", ["trrd", "kdrl"])
+def test_the_distance_to_the_teacher_is_a_mean_over_the_tokens_that_it_scored(
+    path, tmp_path, server, distillation, monkeypatch
+):
+    server.behaviour = "unscored"
+    trainer = make_trainer(path, tmp_path, server, distillation=distillation, max_steps=1)
+    batches, policy_loss = [], trainer.policy_loss
+    monkeypatch.setattr(trainer, "policy_loss", lambda *args: batches.append(args) or policy_loss(*args))
+    trainer.train()
+    ((logps, _, _, mask, inputs),) = batches
+    teacher = inputs["teacher_per_token_logps"]
+    known = mask.bool() & teacher.isfinite()
+    log = trainer.state.log_history[0]
+    assert log["teacher/log_ratio"] == pytest.approx((logps.detach() - teacher)[known].mean().item(), rel=1e-3)
+    assert log["teacher/log_ratio_abs"] == pytest.approx(
+        (logps.detach() - teacher)[known].abs().mean().item(), rel=1e-3
+    )
+    assert log["teacher/neutral"] == pytest.approx(1 - known.sum().item() / mask.sum().item(), abs=1e-3)
+
+
 def test_a_passing_fault_is_survived(path, tmp_path, server):
     server.behaviour = "failing once"
     batch = rollout_batch(make_trainer(path, tmp_path, server))

@@ -144,6 +144,23 @@ def assert_teacher_scored_in_context(trainer, batch):
     torch.testing.assert_close(batch["teacher_per_token_logps"][own], expected[own], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("environment", [False, True])
+def test_the_teachers_own_prompt_has_the_tools_of_the_rows_environment(tmp_path, environment):
+    hint = [{"role": "user", "content": "What is 17 + 4? It is 21."}]
+    data = questions().add_column("teacher_prompt", [hint] * 8)
+    arguments = {"environment_factory": Calculator} if environment else {"tools": [add]}
+    rewards = None if environment else lambda completions, **kwargs: [float(len(str(c))) for c in completions]
+    trainer = make_trainer("rlad", tmp_path, rewards, data, tokenizer(), **arguments)
+    write_by_script(trainer)
+    seen, score = [], trainer.teacher.sampled_logps
+    trainer.teacher.sampled_logps = lambda batch, scores: seen.append(batch) or score(batch, scores)
+    trainer.train()
+    for ids, mask in zip(seen[0]["prompt_ids"], seen[0]["prompt_mask"].bool(), strict=True):
+        text = trainer.processing_class.decode(ids[mask])
+        assert "It is 21." in text
+        assert '"name": "add"' in text
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.supports(n, "tool loop")) for n in CLASSES])
 def test_tool_loop(tmp_path, name):
     def brevity(completions, **kwargs):

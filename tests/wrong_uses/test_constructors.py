@@ -1,5 +1,7 @@
 """Wrong arguments of the constructors: each is refused before a model is loaded, of which none has the name given."""
 
+import functools
+
 import pytest
 import tiny
 import torch
@@ -175,6 +177,25 @@ def test_a_wrong_teacher(method, teacher, message):
 def test_the_student_as_its_own_teacher(method):
     policy = tiny.policy()
     assert_clear(lambda: with_policy(method, model=policy, teacher_model=policy), "pass another model")
+
+
+def test_a_decorated_reward_is_called_as_its_decorator_is():
+    """One that takes everything and passes on what the function wants is not refused, but for a missing column."""
+
+    def filtered(reward):
+        @functools.wraps(reward)
+        def called(completions, answer=None, **kwargs):
+            return reward(completions, answer)
+
+        return called
+
+    @filtered
+    def reward(completions, answer):
+        return [0.0] * len(completions)
+
+    with_policy("drpo", reward_funcs=reward, train_dataset=table(prompt="1+1=", answer="2"))
+    lacking = {"reward_funcs": reward, "train_dataset": table(prompt="1+1=")}
+    assert_clear(lambda: with_policy("drpo", **lacking), "needs answer, but the columns of `train_dataset` are prompt")
 
 
 def test_an_adapter_for_layers_that_are_not_there():

@@ -44,6 +44,28 @@ def test_an_error_within_a_reward_function_is_the_users_own(tmp_path):
 
     with pytest.raises(ValueError, match="could not convert string to float"):
         train(tmp_path, reward)
+    script = compile("def reward(completions, **kwargs): return int('x')", "grpo_trainer.py", "exec")
+    exec(script, functions := {})
+    with pytest.raises(ValueError, match="invalid literal"):
+        train(tmp_path, functions["reward"])
+
+
+def rollout_with_turns(prompts, trainer):
+    return {**tiny.rollout(prompts, trainer), "turns": [1] * len(prompts)}
+
+
+def test_a_reward_that_cannot_be_called_is_told_what_it_lacks(tmp_path):
+    """With what only a run brings: here another output of the `rollout_func`."""
+
+    def reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric):
+        return [0.0] * len(completions)
+
+    def with_lengths(completions, lengths, **kwargs):
+        return lengths
+
+    message = r"could not be called \(.*'turns'.*\): give it \*\*kwargs"
+    assert_clear(lambda: train(tmp_path, reward, rollout_func=rollout_with_turns), message)
+    train(tmp_path, lambda completions, turns, **kwargs: turns, rollout_func=rollout_with_turns)
 
 
 def without_the_last_score(output):

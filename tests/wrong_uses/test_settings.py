@@ -34,7 +34,7 @@ GRPO = [
     ({"epsilon": "0.2"}, "epsilon='0.2' must be a number"),
     ({"epsilon_high": -0.2}, "must be a number of at least 0 or None"),
     ({"delta": 0.0}, "must be a number above 0 or None"),
-    ({"top_entropy_quantile": 2.0}, "must be a number above 0, up to 1"),
+    ({"top_entropy_quantile": 2.0}, "must be a number from 0 to 1"),
     ({"scale_rewards": "maybe"}, "must be one of True, False, 'group', 'batch', 'none'"),
     ({"multi_objective_aggregation": "mean"}, "must be one of 'sum_then_normalize', 'normalize_then_sum'"),
     ({"vllm_mode": "remote"}, "must be one of 'server', 'colocate'"),

@@ -94,8 +94,7 @@ class TrainerHost:
             schedule.step()
 
     def identity(self) -> dict[str, Any]:
-        names = ["seed", "extraction_passes", "distillation_passes", "temperature", "top_p", "top_k", "min_p"]
-        names += ["mask_truncated_completions", "extraction_skips_agreeing_prompts", "scale_rewards", "reward_weights"]
+        names = ["seed", "extraction_passes", "distillation_passes", "extraction_skips_agreeing_prompts"]
         return {
             **self.trainer._run_identity(),
             "prompts_per_round": self.prompts_per_round,

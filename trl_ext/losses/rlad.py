@@ -167,10 +167,11 @@ def kdrl_mask(rewards: torch.Tensor, mask: str, correct_reward: float, group_siz
 
 
 def teacher_metrics(teacher_log_ratio: torch.Tensor, neutral: torch.Tensor) -> Metrics:
-    """Metrics of the student's and the teacher's log-probabilities, whatever the loss."""
+    """Metrics of the student's and the teacher's log-probabilities, whatever the loss: means over the known ones."""
     log_ratio = teacher_log_ratio.detach()
+    known = (~neutral).to(log_ratio.dtype)
     return {
-        "teacher/log_ratio": log_ratio,
-        "teacher/log_ratio_abs": log_ratio.abs(),
-        "teacher/neutral": neutral.to(log_ratio.dtype),
+        "teacher/log_ratio": (log_ratio, known),
+        "teacher/log_ratio_abs": (log_ratio.abs(), known),
+        "teacher/neutral": 1 - known,
     }

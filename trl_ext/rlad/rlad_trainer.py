@@ -156,21 +156,26 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         return start + (end - start) * min(progress, 1.0)
 
     def finish_rollouts(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        seen = self.teacher_batch(batch, self._teacher_prompts(rows))
-        logps = self.teacher.sampled_logps(seen, self.score_completions)
+        seen = self.teacher_batch(batch, self._teacher_prompts(batch, rows))
+        # Decided here, because an adapter is the teacher in evaluation mode
+        score = partial(self.score_completions, batch_size=self.scoring_batch_size)
+        logps = self.teacher.sampled_logps(seen, score)
         self.stop_at_nan([(logps, batch["completion_mask"])])
         batch["teacher_per_token_logps"] = self.without_foreign_ends(logps, batch["completion_ids"])
         if DISTILLATIONS[self.args.distillation].penalty:
             batch["distilled"] = self._distilled(len(logps)).to(logps)
         return batch
 
-    def _teacher_prompts(self, rows: list[dict[str, Any]]) -> list[list[int]] | None:
-        """Token ids of the rows' teacher prompts, which are the student's where a row has none."""
+    def _teacher_prompts(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> list[list[int]] | None:
+        """Token ids of the rows' teacher prompts, and what the student saw where a row has none."""
         prompts = [row.get("teacher_prompt") for row in rows]
         if not any(prompts):
             return None
-        prompts = [prompt or row["prompt"] for prompt, row in zip(prompts, rows, strict=True)]
-        return [self.tokenize_prompts([prompt])[0] for prompt in prompts]  # each may be text or messages
+        seen = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+        return [  # one by one: each may be text or messages, and may have an environment of its own
+            self.tokenize_prompts([prompt], first=row)[0] if prompt else ids[mask].tolist()
+            for row, (prompt, (ids, mask)) in enumerate(zip(prompts, seen, strict=True))
+        ]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +24,9 @@ class Teacher(ABC):
         name (`str`):
             For messages: the name or path of the model, of the adapter, or the URL.
         eos_token_ids (`set[int]` or `None`):
-            The tokens with which the teacher ends a completion; `None` where they are not known.
+            The tokens at which the teacher stops; `None` where they are not known.
+        format_ends (`collections.abc.Set[int]`):
+            Those with which its own completions end: its tokenizer's end token, where that is known.
         scores_every_token (`bool`):
             Whether `sampled_logps` never holds NaN.
         is_local (`bool`):
@@ -34,6 +37,7 @@ class Teacher(ABC):
 
     name: str
     eos_token_ids: set[int] | None = None
+    format_ends: AbstractSet[int] = frozenset()
     max_length: int | None = None
     scores_every_token = True
     is_local = True
@@ -81,15 +85,23 @@ class Teacher(ABC):
         if teacher is None:
             return
         check_same_tokens(text_tokenizer(student), text_tokenizer(teacher), student_name, self.name)
-        self.eos_token_ids = (self.eos_token_ids or set()) | as_set(text_tokenizer(teacher).eos_token_id)
+        self.format_ends = as_set(text_tokenizer(teacher).eos_token_id)
+        self.eos_token_ids = (self.eos_token_ids or set()) | self.format_ends
 
     def left_out(self) -> AbstractContextManager[None]:
         """While this is active the student is saved without the teacher. Only an adapter on it has to do anything."""
         return nullcontext()
 
     def foreign_ends(self, student_eos_token_ids: Iterable[int]) -> list[int]:
-        """Tokens that end the student's completions but not the teacher's, so that its score of them means nothing."""
-        return sorted(set(student_eos_token_ids) - self.eos_token_ids) if self.eos_token_ids else []
+        """
+        Tokens that end the student's completions but not the teacher's, so that its score of them means nothing.
+
+        A chat model often stops at two tokens (Qwen's at `<|im_end|>` and `<|endoftext|>`) and writes only the first.
+        """
+        student = set(student_eos_token_ids)
+        if not self.eos_token_ids or student == self.eos_token_ids:
+            return []
+        return sorted(student - (self.format_ends or self.eos_token_ids))
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
@@ -46,9 +47,10 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
                 f"The teacher must be a causal language model, its name or a URL, got {type(teacher).__name__}: "
                 "load it with AutoModelForCausalLM.from_pretrained()."
             )
-        if teacher is student:
+        if shares_weights(teacher, student):
             raise ValueError(
-                "The teacher is the student itself: pass another model, or the name of one, as the teacher."
+                "The teacher is the student itself, or shares its weights, which would be frozen: pass another model "
+                "or the name of one, or teacher_model='base' for the student without its adapter."
             )
         if args.teacher_model_init_kwargs is not None or args.teacher_model_revision is not None:
             logger.warning(
@@ -72,3 +74,11 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
     return ModelTeacher(
         teacher, init_kwargs, f", the name of one of the student's adapters ({adapters})" * bool(adapters)
     )
+
+
+def shares_weights(teacher: torch.nn.Module, student: Any) -> bool:
+    """Whether a parameter of one is also the other's: PEFT adds an adapter to the very model that it is given."""
+    if not isinstance(student, torch.nn.Module):
+        return False
+    students = {id(parameter) for parameter in student.parameters()}
+    return any(id(parameter) in students for parameter in teacher.parameters())
