@@ -124,7 +124,7 @@ def fault_of(folder: Path, required: list[str] | tuple[str, ...] = ()) -> str | 
     """Why a checkpoint is not whole, as a clause with the file's name, or `None`: no file is read beyond its index."""
     for name in (TRAINER_STATE_NAME, *required):
         if not (folder / name).exists():
-            return f"{name} is missing (the run was probably stopped while it wrote the checkpoint)"
+            return f"{name} is missing (the run was stopped while it wrote it, or had save_only_model=True)"
     for file in sorted(folder.rglob("*")):
         if file.suffix not in _READERS:
             continue

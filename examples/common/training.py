@@ -130,7 +130,7 @@ def checkpoint_of(args: Any) -> Any:
     """`--resume_from_checkpoint True`: the last checkpoint of `output_dir`, or, where there is none yet, none."""
     resume = args.resume_from_checkpoint
     folder = Path(args.output_dir)
-    has_rollouts = any(folder.glob("round-1/rollouts/*/*"))  # of ERPD, which was interrupted before a checkpoint
+    has_rollouts = any(folder.glob("_rollouts/round-1/*/*"))  # of ERPD, which was interrupted before a checkpoint
     if resume is True and not has_rollouts and not (folder.is_dir() and get_last_checkpoint(str(folder))):
         return None
     return resume

@@ -1,9 +1,11 @@
 """A run of ERPD that is interrupted while it samples keeps its rollouts, and continues with them exactly."""
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from huggingface_hub.utils import filter_repo_objects
 from tiny_erpd import assert_equal, parameters, right_or_wrong, settings
+from transformers import Trainer
 
 from trl_ext import ERPDConfig, ERPDTrainer
-from trl_ext.erpd.growing_set import GrowingSet
+from trl_ext.erpd.growing_set import GrowingSet, rollouts_folder, set_aside
 
 
 pytestmark = pytest.mark.slow  # trains for long
@@ -67,7 +71,7 @@ def test_a_reward_function_that_fails_loses_nothing(path, tmp_path, whole):
     assert reward.judged == 1  # of 4 generations
     assert_equal(parameters(resumed), parameters(whole))
     assert what_was_logged(resumed) == what_was_logged(whole)
-    assert not (tmp_path / "round-1").exists()  # the round is over
+    assert not (tmp_path / "_rollouts").exists()  # the round is over
 
 
 def test_a_killed_process_loses_nothing(path, tmp_path, whole):
@@ -117,11 +121,11 @@ def test_rollouts_of_a_later_round_are_not_used_for_another_policy(path, tmp_pat
 def test_a_run_from_the_start_leaves_no_later_round_to_be_taken_for_its_own(path, tmp_path, caplog):
     with pytest.raises(RuntimeError):
         train(path, tmp_path, RewardThatFails(fails_in=4 + 2), rounds=2)
-    assert (tmp_path / "round-2" / "rollouts" / "generation-00001").exists()
+    assert (tmp_path / "_rollouts" / "round-2" / "generation-00001").exists()
     train(path, tmp_path, RewardThatFails(), rounds=1)
     assert "of a later round of an earlier run" in caplog.text
-    assert not (tmp_path / "round-2" / "rollouts").exists()
-    assert (tmp_path / "round-2" / "rollouts.old" / "generation-00001").exists()
+    assert not (tmp_path / "_rollouts" / "round-2").exists()
+    assert (tmp_path / "_rollouts" / "round-2.old" / "generation-00001").exists()
 
 
 def test_the_trainer_that_was_interrupted_can_resume_from_an_earlier_pass(path, tmp_path):
@@ -154,6 +158,27 @@ def test_a_set_that_is_complete_is_not_sampled_again(path, tmp_path, whole):
     assert_equal(parameters(resumed), parameters(whole))
 
 
+def test_two_machines_that_set_the_same_rollouts_aside_keep_them(tmp_path, caplog):
+    """At the same time, in a folder that they share."""
+    for trial in range(50):
+        folder = rollouts_folder(str(tmp_path / str(trial)), 1)
+        (folder / "generation-00000").mkdir(parents=True)
+        with ThreadPoolExecutor(2) as machines:
+            list(machines.map(lambda _, folder=folder: set_aside(folder, "of an earlier run "), range(2)))
+        assert [path.name for path in folder.parent.iterdir()] == ["round-1.old"]
+        assert (folder.parent / "round-1.old" / "generation-00000").exists()
+    assert caplog.text.count("of an earlier run") == 50
+
+
+def test_rollouts_in_the_making_are_not_pushed_to_the_hub(tmp_path):
+    """Of a folder in which a run is being made, transformers leaves out what begins with `_` and its checkpoints."""
+    patterns = inspect.getsource(Trainer._push_from_checkpoint)
+    assert 'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]' in patterns
+    folder = rollouts_folder(str(tmp_path), 1).relative_to(tmp_path)
+    files = [str(folder / "generation-00000" / "rollouts_0.safetensors"), "model.safetensors"]
+    assert list(filter_repo_objects(files, ignore_patterns=["_*"])) == ["model.safetensors"]
+
+
 def test_a_run_from_the_start_sets_old_rollouts_aside(path, tmp_path, whole, caplog):
     with pytest.raises(RuntimeError):
         train(path, tmp_path, RewardThatFails(fails_in=3))
@@ -162,7 +187,7 @@ def test_a_run_from_the_start_sets_old_rollouts_aside(path, tmp_path, whole, cap
         train(path, tmp_path, reward)
     assert reward.judged == 2  # from the start
     assert "of an earlier run, which resume_from_checkpoint=True would continue with, are kept in" in caplog.text
-    assert len(list((tmp_path / "round-1" / "rollouts.old").glob("*/rollouts_0.safetensors"))) == 3
+    assert len(list((tmp_path / "_rollouts" / "round-1.old").glob("*/rollouts_0.safetensors"))) == 3
     reward = RewardThatFails()
     train(path, tmp_path, reward, resume=True, temperature=0.5)
     assert reward.judged == 4

@@ -70,9 +70,11 @@ def test_the_ranks_of_one_engine_draw_the_same(engine, seeds):
 
 
 def test_every_held_out_data_set_is_measured(path, tmp_path):
-    """2 and 4 prompts, 4 completions each."""
-    trainer = make_trainer(path, tmp_path, eval_dataset={"few": tiny.prompts(2), "more": tiny.prompts(4)})
-    assert sum(len(sample["rewards"]) for sample in own_samples(trainer._host)) == (2 + 4) * 4
+    """2 and 4 prompts, 4 completions each, also from workers that TRL keeps."""
+    data = {"few": tiny.prompts(2), "more": tiny.prompts(4)}
+    for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        trainer = make_trainer(path, tmp_path, eval_dataset=data, **workers)
+        assert sum(len(sample["rewards"]) for sample in own_samples(trainer._host)) == (2 + 4) * 4
 
 
 @pytest.mark.parametrize("base_is_loaded", [False, True])

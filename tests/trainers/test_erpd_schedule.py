@@ -1,11 +1,12 @@
 """The schedule of a run of ERPD: phases, passes, and the learning rate of each update."""
 
 import pytest
+import tiny
 import torch
-from tiny_erpd import settings
+from tiny_erpd import right_or_wrong, settings
 from tiny_erpd_trainer import make_trainer
 
-from trl_ext import ERPDConfig
+from trl_ext import ERPDConfig, ERPDTrainer
 from trl_ext.erpd.schedule import LearningRate, Phase, Schedule, phases_of, teachers_of
 
 
@@ -53,7 +54,7 @@ RATES = [0, 3, 2, 1, 0, 1 / 2, 1, (3 / 4) ** 2, (2 / 4) ** 2, (1 / 4) ** 2]
 
 def test_each_stage_has_the_course_that_is_set_for_it(tmp_path):
     args = ERPDConfig(**settings(tmp_path, **COURSES))
-    factor = Schedule(phases_of(args), steps_per_pass=2).learning_rate(1e-3, args.lr_scheduler_kwargs)
+    factor = Schedule(phases_of(args, 1e-3), steps_per_pass=2).learning_rate(1e-3, args.lr_scheduler_kwargs)
     assert [factor(step) for step in range(10)] == pytest.approx(RATES, abs=1e-6)
 
 
@@ -61,6 +62,21 @@ def test_the_trainer_goes_by_these_courses(path, tmp_path):
     trainer = make_trainer(path, tmp_path, prompts_per_round=4, **COURSES)
     schedule = trainer.create_scheduler(10, torch.optim.SGD(trainer.model.parameters(), lr=1e-3))
     assert [schedule.lr_lambdas[0](step) for step in range(10)] == pytest.approx(RATES, abs=1e-6)
+
+
+@pytest.mark.parametrize(("extraction", "first"), [(None, 1e-2), (5e-3, 5e-3)])
+def test_an_optimizer_of_ones_own_keeps_its_rate(tmp_path, extraction, first):
+    """Where GRPO trains at it, too: `learning_rate` is left at its default."""
+    model = tiny.policy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    own = settings(tmp_path, prompts_per_round=4, extraction_passes=1, distillation_passes=1, logging_steps=1)
+    del own["learning_rate"]
+    args = ERPDConfig(**own, extraction_learning_rate=extraction)
+    arguments = {"processing_class": tiny.tokenizer(), "optimizers": (optimizer, None)}
+    trainer = ERPDTrainer(model, right_or_wrong, args, tiny.prompts(), **arguments)
+    trainer.train()
+    rates = [(log["stage"], log["learning_rate"]) for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == [(1, pytest.approx(first))] * 2 + [(2, pytest.approx(1e-2))] * 2
 
 
 def test_the_default_weights_of_the_signals_have_the_sum_1(tmp_path):

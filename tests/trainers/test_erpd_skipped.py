@@ -61,6 +61,25 @@ def test_only_the_round_without_information_is_skipped(path, tmp_path, skipped):
         assert_equal(parameters(resumed), parameters(trainer))
 
 
+def test_the_scaler_of_fp16_lets_a_round_be_skipped(path, tmp_path):
+    """With the scaler that torch has for CPUs. It is in the checkpoints, and scales again in the next round."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=1000)
+
+    def reward(completions, trainer_state, **kwargs):
+        return constant(completions) if trainer_state.global_step < 4 else right_or_wrong(completions)
+
+    trainer = make_trainer(path, tmp_path, reward, rounds=2, save_strategy="steps", save_steps=2)
+    trainer.accelerator.scaler = scaler
+    start = parameters(trainer)
+    trainer.train()
+    assert trainer.optimizer.scaler is trainer.accelerator.scaler is scaler
+    assert scaler.is_enabled()
+    assert scaler.get_scale() == 128.0
+    assert any(not torch.equal(value, start[name]) for name, value in parameters(trainer).items())
+    saved = [torch.load(tmp_path / f"checkpoint-{step}" / "scaler.pt") for step in (2, 4, 6)]
+    assert [state["growth_interval"] for state in saved] == [1000] * 3
+
+
 def test_rewards_that_are_equal_within_a_prompt_teach_some_objectives(path, tmp_path, caplog):
     """`ce` compares prompts, the other two only the rollouts of a prompt."""
 

@@ -153,6 +153,33 @@ def test_where_a_completion_ends(path, tmp_path):
     assert logps == [[-1, -2], [-1, 9, -3], [9, 9, 9]]
 
 
+def test_a_stored_turn_ends_as_the_chat_template_ends_it(tmp_path):
+    """Not with the tokenizer's end token, where the policy stops at both, as Gemma does."""
+    tokenizer = tiny.tokenizer()
+    end = tokenizer.convert_tokens_to_ids(")")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}){% endfor %}"
+    model = tiny.policy()
+    model.generation_config.eos_token_id = [1, end]
+    turn = [{"role": "user", "content": "1="}]
+    rows = [{"prompt": turn, "completion": text, "reward": float(i % 2)} for i, text in enumerate(["12", "12)"] * 4)]
+    args = ERPDConfig(**settings(tmp_path, prompts_per_round=None, extraction_passes=1, distillation_passes=1))
+
+    def read(rows):
+        trainer = ERPDTrainer(model, None, args, Dataset.from_list(rows), processing_class=tokenizer)
+        return tokens(read_stored_rollouts(trainer._host))
+
+    messages = [{**row, "completion": [{"role": "assistant", "content": row["completion"]}]} for row in rows]
+    assert read(messages) == read(rows) == [[4, 5, end]] * 8
+    assert read([{**row, "prompt": "1="} for row in rows]) == [[4, 5, 1], [4, 5, end]] * 4
+
+
+def test_completions_that_lose_their_end_are_announced(path, tmp_path, caplog):
+    rows = [{"prompt": "1=", "completion": "1" * (7 + i % 5), "reward": float(i % 2)} for i in range(8)]
+    rollouts = read_stored_rollouts(from_stored(path, tmp_path, rows)._host)
+    assert max(map(len, tokens(rollouts))) == 10
+    assert "1 of 8 stored completions have more than max_completion_length=10 tokens and lose their end" in caplog.text
+
+
 def test_the_samplers_log_probabilities(path, tmp_path, caplog):
     """They are what SAPO's ratio is against, and the policy's distance from them is logged."""
     rows = [{"prompt": f"{i}=", "completion": "123", "reward": float(i % 2), "logprobs": [-3.0] * 4} for i in range(8)]

@@ -148,8 +148,8 @@ def test_the_teacher_scores_in_the_micro_batches_of_training(tmp_path, teacher):
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 8}
     trainer = make_rlad(tmp_path, tiny.policy(1) if teacher != "base" else teacher, lora(), **sizes)
     scored, score = [], trainer._score
-    trainer._score = lambda model, batch, **settings: scored.append(settings["batch_size"]) or score(
-        model, batch, **settings
+    trainer._score = lambda model, batch, **settings: (
+        scored.append(settings["batch_size"]) or score(model, batch, **settings)
     )
     trainer.model.train()
     trainer.roll_out([trainer.train_dataset[i // 4] for i in range(8)])
@@ -159,7 +159,7 @@ def test_the_teacher_scores_in_the_micro_batches_of_training(tmp_path, teacher):
 def test_a_teacher_that_holds_the_students_adapter_is_refused(tmp_path):
     model = tiny.policy()
     student = lora(model)  # PEFT changes the model itself
-    with pytest.raises(ValueError, match="shares its weights, which would be frozen: pass .*teacher_model='base'"):
+    with pytest.raises(ValueError, match=r"shares its weights, which would be frozen: pass .*teacher_model='base'"):
         make_rlad(tmp_path, model, student)
     assert any(parameter.requires_grad for parameter in student.parameters())
 

@@ -191,6 +191,19 @@ def test_vllms_log_probabilities_are_compared_with_the_trainers(tmp_path, vllm_s
     assert trainer.state.log_history[0]["sampling/fresh_log_ratio_abs"] == pytest.approx(total / count, rel=1e-4)
 
 
+def test_processes_have_the_same_metrics_whoever_writes_their_completions(tmp_path, vllm_stub, monkeypatch):
+    """Those that only draw completions of the dataset, too: the metrics of all are gathered in one tensor."""
+    monkeypatch.setattr(StubEngine, "logps", staticmethod(lambda token: -1.0))
+    names = set()
+    for lmbda in (0.0, 1.0):
+        trainer = make_trainer(tmp_path, use_vllm=True, lmbda=lmbda)
+        (batch,) = micro_batches(trainer, 4, 4)
+        assert batch["off_policy_mask"].any() == (lmbda == 0)
+        names.add(frozenset(batch))
+        assert batch["sampler_logps"].isfinite().any() == (lmbda == 1)
+    assert len(names) == 1
+
+
 @pytest.mark.parametrize(
     ("engine", "alike"),
     [

@@ -82,6 +82,20 @@ def test_lora_moves_only_the_adapter(tmp_path):
     assert all("lora_" in name for name in moved)
 
 
+@pytest.mark.parametrize("teacher", ["another model", "base"])
+def test_a_compiled_student_with_an_adapter(tmp_path, teacher):
+    """The wrapper of `torch.compile` is taken off before PEFT's."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    finals = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch.manual_seed(0)
+        teacher_model = tiny.policy(seed=1) if teacher != "base" else teacher
+        trainer = make_trainer(tmp_path, tiny.policy(), teacher_model, peft_config=lora, **compiled)
+        trainer.train()
+        finals.append({n.replace("_orig_mod.", ""): value for n, value in trainer.model.named_parameters()})
+    assert_same(*finals, rtol=0, atol=1e-6)
+
+
 def test_an_adapter_as_teacher(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     model = get_peft_model(tiny.policy(), lora)

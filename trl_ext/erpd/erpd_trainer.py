@@ -22,6 +22,7 @@ from trl_ext.erpd.checks import (
 from trl_ext.erpd.erpd_config import ERPDConfig
 from trl_ext.erpd.extraction import EXTRACTION_LOSSES, Rollouts
 from trl_ext.erpd.growing_set import has_rollouts
+from trl_ext.erpd.scaler import StepsWithoutGradients
 from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, as_list, phases_of
 from trl_ext.erpd.stages import Stages
 from trl_ext.erpd.stored_rollouts import has_stored_rollouts
@@ -121,10 +122,15 @@ class ERPDTrainer(PolicyLossTrainer):
         if self.args.epsilon_high is None:
             self._distillation_args.epsilon_high = self.args.distillation_epsilon_high
         update = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        self._schedule = Schedule(phases_of(self.args), self._rollouts_per_round // update)
+        # A rate of the user's own optimizer takes the place of the setting, as in every trainer of transformers
+        optimizer = given.get("optimizers", (None, None))[0]
+        self._peak = self.args.learning_rate if optimizer is None else optimizer.param_groups[0]["lr"]
+        self._schedule = Schedule(phases_of(self.args, self._peak), self._rollouts_per_round // update)
         self._host = TrainerHost(self, self._prompts_per_round)
         self._stages = Stages(self._host, self._schedule)
+        self._without_gradients = StepsWithoutGradients(self.accelerator)
         self.add_callback(LogWherePhasesEnd(self._schedule))
+        self.add_callback(self._without_gradients)
 
     # ---- settings
 
@@ -226,7 +232,7 @@ class ERPDTrainer(PolicyLossTrainer):
                 "extraction_lr_scheduler_type."
             )
         if self.lr_scheduler is None:
-            factor = self._schedule.learning_rate(self.args.learning_rate, self.args.lr_scheduler_kwargs)
+            factor = self._schedule.learning_rate(self._peak, self.args.lr_scheduler_kwargs)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -235,6 +241,7 @@ class ERPDTrainer(PolicyLossTrainer):
         model.train()
         if not self._stages.begin(self.state.global_step, self._index_of(inputs)):
             # Without gradients no optimizer moves anything, not even by weight decay
+            self._without_gradients.begin(self.optimizer)
             return torch.zeros((), device=self.accelerator.device)
         return super().training_step(model, inputs, *args, **kwargs)
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +25,7 @@ class GrowingSet:
 
     Args:
         run_folder (`str`):
-            The run's output directory. The rollouts go to `run_folder/round-{number}/rollouts`.
+            The run's output directory. The rollouts go to `run_folder/_rollouts/round-{number}`.
         round_number (`int`):
             From 1.
         identity (`dict[str, Any]`):
@@ -49,7 +51,7 @@ class GrowingSet:
         if resume_from is None:
             self._set_aside("of an earlier run, which resume_from_checkpoint=True would continue with, ")
             return 0
-        source = rollouts_folder(resume_from, int(self.folder.parent.name.split("-")[1]))
+        source = rollouts_folder(resume_from, int(self.folder.name.split("-")[1]))
         if source.resolve() != self.folder.resolve():
             if self.accelerator.is_local_main_process and source.exists():
                 shutil.copytree(source, self.folder, dirs_exist_ok=True)
@@ -96,24 +98,29 @@ class GrowingSet:
 
 def set_aside(folder: Path, what: str) -> None:
     """Renames a folder of rollouts, which are not to be used."""
-    if folder.exists():
-        old = folder.with_name("rollouts.old")
-        logger.warning(f"Rollouts {what}are kept in {old}, and the prompts are sampled again.")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+    taken = folder.with_name(f"{folder.name}.{uuid4().hex}")
+    try:
+        folder.rename(taken)
+    except FileNotFoundError:  # there is none, or another machine has renamed it
+        return
+    old = folder.with_name(f"{folder.name}.old")
+    logger.warning(f"Rollouts {what}are kept in {old}, and the prompts are sampled again.")
+    shutil.rmtree(old, ignore_errors=True)
+    taken.rename(old)
 
 
 def set_aside_later_rounds(run_folder: str, accelerator: Accelerator) -> None:
     """What a run leaves of later rounds must not be taken for those of a run that starts anew in its folder."""
     if accelerator.is_local_main_process:
-        for folder in Path(run_folder).glob("round-*/rollouts"):
-            if folder != rollouts_folder(run_folder, 1):
+        for folder in rollouts_folder(run_folder, 1).parent.glob("round-*"):
+            if folder.suffix == "" and folder != rollouts_folder(run_folder, 1):
                 set_aside(folder, "of a later round of an earlier run ")
     accelerator.wait_for_everyone()
 
 
 def rollouts_folder(run_folder: str, round_number: int) -> Path:
-    return Path(run_folder) / f"round-{round_number}" / "rollouts"
+    """Below a folder whose name begins with `_`, which transformers does not push to the Hub."""
+    return Path(run_folder) / "_rollouts" / f"round-{round_number}"
 
 
 def has_rollouts(run_folder: str, accelerator: Accelerator) -> bool:
@@ -128,5 +135,5 @@ def remove_rollouts(run_folder: str, round_number: int, accelerator: Accelerator
     if accelerator.is_local_main_process:
         folder = rollouts_folder(run_folder, round_number)
         shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.exists() and not any(folder.parent.iterdir()):
+        with suppress(OSError):  # it is gone, or something else is in it
             folder.parent.rmdir()

@@ -26,12 +26,12 @@ def own_samples(host: Host) -> Samples:
     as if nothing had been sampled.
     """
     trainer: Any = host.trainer
-    datasets = trainer.eval_dataset
-    datasets = list(datasets.values()) if isinstance(datasets, dict) else [datasets]
+    # By name, because TRL keeps the loader of each name where data loader workers are persistent
+    datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {None: trainer.eval_dataset}
     samples = []
     with isolated_rng(trainer.accelerator, sampling_seed(trainer)), host.measuring():
-        for dataset in datasets:
-            for number, rows in enumerate(trainer.get_eval_dataloader(dataset)):
+        for name, dataset in datasets.items():
+            for number, rows in enumerate(trainer.get_eval_dataloader(name)):
                 sampled = host.sample(rows)
                 batch, rewards = sampled.rollouts, sampled.own_rewards
                 logps, entropies = host.score(batch)

@@ -136,11 +136,15 @@ def teachers_of(args: GRPOConfig) -> list[Teacher]:
     return [Teacher(*settings) for settings in zip(losses, signals, weights, strict=True)]
 
 
-def phases_of(args: GRPOConfig) -> list[Phase]:
-    """All phases of a run: in each round the policies that the signals need, then the distilled policy."""
-    peak = args.learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
+def phases_of(args: GRPOConfig, learning_rate: float) -> list[Phase]:
+    """
+    All phases of a run: in each round the policies that the signals need, then the distilled policy.
+
+    `learning_rate` is the optimizer's.
+    """
+    peak = learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
     extraction = LearningRate(peak, args.extraction_lr_scheduler_type, args.extraction_warmup_steps)
-    distillation = LearningRate(args.learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
+    distillation = LearningRate(learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
     phases = []
     for number in range(1, args.rounds + 1):
         for index, teacher in enumerate(teachers_of(args)):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from trl import is_conversational
 from trl.trainer.utils import nanstd
 
 from trl_ext.erpd.fixed_set import RoundRollouts, Row
@@ -49,9 +50,9 @@ def read_stored_rollouts(host: Host) -> RoundRollouts:
     """
     This process's share of the rollouts, in the order of the data set, and the rewards of all.
 
-    Prompts are tokenized as they are when they are sampled. A completion gets the end-of-sequence token unless it has
-    one already, or was truncated: it has as many tokens as `max_completion_length` allows or, if there are `logprobs`,
-    as many tokens as these. Rollouts beyond the last whole update are not used.
+    Prompts are tokenized as they are when they are sampled. A completion gets an end token (of messages that of the
+    chat template) unless it has one already, or was truncated: it has as many tokens as `max_completion_length` allows
+    or, if there are `logprobs`, as many tokens as these. Rollouts beyond the last whole update are not used.
     """
     args, accelerator = host.trainer.args, host.trainer.accelerator
     update = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -61,12 +62,15 @@ def read_stored_rollouts(host: Host) -> RoundRollouts:
     rewards = torch.tensor([torch.nan if (r := example["reward"]) is None else float(r) for example in examples])
     advantages = group_advantages(rewards, numbers, args.scale_rewards)
     prompt_ids = [torch.tensor(ids) for ids in host.tokenize(prompts)]
+    end = _end_token(prompts, host)
     local = used // accelerator.num_processes
     first = accelerator.process_index * local
     rows: list[Row] = []
-    unmatched = 0
+    unmatched = cut = 0
     for i in range(first, first + local):
-        ids, logps = _tokens(examples[i], host)
+        ids, logps = _tokens(examples[i], end, host)
+        cut += len(ids) > (args.max_completion_length or len(ids))
+        ids, logps = ids[: args.max_completion_length], logps and logps[: args.max_completion_length]
         masked_out = args.mask_truncated_completions and not _ends(ids, host)
         if masked_out:
             ids, logps = ids[:1], None if logps is None else logps[:1]
@@ -77,6 +81,11 @@ def read_stored_rollouts(host: Host) -> RoundRollouts:
             row["sampling_per_token_logps"] = torch.tensor([torch.nan] * len(ids) if logps is None else logps)
         rows.append(row | {"advantages": advantages[i], "rewards": rewards[i]})
     _warn_of_what_is_not_used(len(examples) - used, update, unmatched, local)
+    if cut:
+        logger.warning(
+            f"{cut} of {local} stored completions have more than max_completion_length={args.max_completion_length} "
+            "tokens and lose their end, but keep their reward: raise it, or remove these rows."
+        )
     return RoundRollouts([rows], rewards[:used], numbers[:used])
 
 
@@ -139,7 +148,16 @@ def _number_prompts(prompts: list[Any]) -> tuple[list[Any], torch.Tensor]:
     return different, torch.tensor(numbers)
 
 
-def _tokens(example: dict[str, Any], host: Host) -> tuple[list[int], list[float] | None]:
+def _end_token(prompts: list[Any], host: Host) -> int:
+    """With which the policy ends a completion of such prompts. A chat template may end a turn with one of its own."""
+    if is_conversational({"prompt": prompts[0]}):
+        turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+        if ends := [token for token in host.tokenize([turns])[0] if token in host.end_tokens]:
+            return ends[-1]
+    return host.tokenizer.eos_token_id
+
+
+def _tokens(example: dict[str, Any], end: int, host: Host) -> tuple[list[int], list[float] | None]:
     """A completion's tokens and their log-probabilities under the sampler; `None` if these do not match the tokens."""
     tokenizer: Any = host.tokenizer
     limit = host.trainer.args.max_completion_length
@@ -155,12 +173,12 @@ def _tokens(example: dict[str, Any], host: Host) -> tuple[list[int], list[float]
     logps = example.get(LOGPS)
     truncated = len(logps) == len(ids) if logps is not None else limit is not None and len(ids) >= limit
     if not ids or not (truncated or _ends(ids, host)):
-        ids = [*ids, tokenizer.eos_token_id]
+        ids = [*ids, end]
     if logps is not None and len(logps) != len(ids):
         logps = None
     if logps is not None:
-        logps = [torch.nan if logp is None else logp for logp in logps[:limit]]
-    return ids[:limit], logps
+        logps = [torch.nan if logp is None else logp for logp in logps]
+    return ids, logps
 
 
 def _ends(ids: list[int], host: Host) -> bool:

@@ -56,7 +56,7 @@ class AdapterTeacher(ModelTeacher):
     @contextmanager
     def scoring(self) -> Iterator[Any]:
         model = self.model
-        peft_model = self.accelerator.unwrap_model(model)
+        peft_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         was_training = peft_model.training
         with (
             torch.no_grad(),
@@ -74,7 +74,7 @@ class AdapterTeacher(ModelTeacher):
         if self.adapter_name is None:
             yield
             return
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         kept = [name for name in model.peft_config if name != self.adapter_name]
         model.save_pretrained = partial(model.save_pretrained, selected_adapters=kept)
         try:

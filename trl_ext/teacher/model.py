@@ -188,8 +188,9 @@ class ModelTeacher(Teacher):
         parts = []
         with self.scoring() as model, self.accelerator.autocast():
             outer = self.accelerator.unwrap_model(model)
+            inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             # Below PEFT's forward, which knows nothing of these arguments, but through that of what wraps it
-            scorer = partial(next_tokens, outer.get_base_model() if is_peft_model(outer) else outer)
+            scorer = partial(next_tokens, inner.get_base_model() if is_peft_model(inner) else inner)
             for rows in torch.arange(len(ids), device=ids.device).split(batch_size):
                 arguments = (ids[rows], mask[rows], length, k, self.temperature, vocab_size)
                 parts.append(self._redirect(model, outer, scorer, *arguments))

@@ -121,14 +121,17 @@ def prefix_lengths(
     return lengths
 
 
-def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def collate(
+    rollouts: list[Rollout], pad_token_id: int, generator: torch.Generator, with_sampler_logps: bool
+) -> dict[str, torch.Tensor]:
     """
     The batch that is scored and trained on: prompts padded left, completions right, on the CPU.
 
     `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` of shape `(batch, length)`; `guided_mask` and
     `off_policy_mask` like the latter, 1 on those tokens; `draws`, uniform in [0, 1), like the latter; `positions`, the
     indices of the completion tokens in the flattened `completion_mask`, known here without a device synchronisation.
-    Where an engine has sampled, also `sampler_logps`, NaN where it has not.
+    With `with_sampler_logps` also `sampler_logps`, NaN where no engine has sampled, be it everywhere, because all
+    processes must have the same metrics.
     """
     longest = max(1, *(len(rollout.completion) for rollout in rollouts))
 
@@ -150,7 +153,7 @@ def collate(rollouts: list[Rollout], pad_token_id: int, generator: torch.Generat
         "draws": draws,
         "positions": completion_mask.flatten().nonzero().squeeze(1),
     }
-    if any(rollout.sampler_logps is not None for rollout in rollouts):
+    if with_sampler_logps:
         batch["sampler_logps"] = torch.full(completion_mask.shape, torch.nan)
         for row, rollout in zip(batch["sampler_logps"], rollouts, strict=True):
             values = (rollout.sampler_logps or [])[: len(rollout.completion) - rollout.guided]

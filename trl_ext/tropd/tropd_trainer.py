@@ -239,7 +239,9 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             rollouts = iter(roll_out(self, [*chain(*rows)], [*chain(*seen_by_teacher)], generator))
         made, scored = [], []
         for batch, prompts in zip(rows, teacher_prompts, strict=True):
-            micro_batch = collate([next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator)
+            micro_batch = collate(
+                [next(rollouts) for _ in batch], self._tokenizer.pad_token_id, generator, self.args.use_vllm
+            )
             micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
             seen = self.teacher_batch(micro_batch, prompts)
             scores = self.teacher.next_tokens(seen, max(self._top_k, 1), len(batch), self._vocab_size)
@@ -343,8 +345,9 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     def _run_score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """`_score` through the forward of the wrapper, which reduces gradients and gathers sharded weights."""
         unwrapped = self.accelerator.unwrap_model(model)
+        student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with self.accelerator.autocast():  # accelerate wraps the forward in it, which the redirection replaces
-            return self._forward_redirection(model, unwrapped, self._score, unwrapped, inputs)
+            return self._forward_redirection(model, unwrapped, self._score, student, inputs)
 
     def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         return student_scores(model, inputs, self.args.temperature, self.aux_loss_enabled)
