@@ -102,6 +102,9 @@ FEWER_UPDATES = {
 # Every region at the best rate and, where that rate might favour the one that never binds, at twice it
 REGION: dict[str, Any] = {"copy": "second", "group": "region"}
 STALE_REGIONS = {f"{name}, {rate:g}": stale(name, 16, rate, **REGION) for rate in (2.5e-5, 5e-5) for name in REGIONS}
+SEEN_AGAIN = [
+    stale(name, 16, rate, **BY_RATE) for rate in (2.5e-5, 5e-5) for name in ("DRPO, 0.05", "DRPO, 12.5", "none")
+]
 PRECISION_REGIONS = {
     name: low_precision(name, "4 bits", 5e-5, **REGION) for name in [*REGIONS, *CORRECTED, *DECOUPLED, OWN]
 }
@@ -123,7 +126,7 @@ RUNS += with_seeds(ANCHORS.values(), (0, 1, 2))
 RUNS += with_seeds(FINALISTS.values(), range(5))
 RUNS += OTHER_SAMPLERS.values()
 RUNS += [*STALE_REGIONS.values(), *PRECISION_REGIONS.values(), *FEWER_UPDATES.values()]
-RUNS += with_seeds(STALE_RATES.values(), (0, 1))
+RUNS += with_seeds([*STALE_RATES.values(), *SEEN_AGAIN], (0, 1))
 RUNS += PRECISION_RATES.values()
 
 
