@@ -220,6 +220,7 @@ def test_a_plain_tensor_is_a_loss():
     [
         (0.5, TypeError, "the metric 'x' as float: return a tensor"),
         (torch.zeros(3), ValueError, r"'x' in shape \(3,\): return one value per token, \(2, 3\), or per sequence"),
+        ((torch.zeros(2),) * 2, ValueError, r"shape \(2,\): return one value and one weight per token, \(2, 3\)\."),
     ],
 )
 def test_metrics_that_cannot_be_averaged_are_refused(metric, error, message):

@@ -12,8 +12,14 @@ import torch
 
 import trl_ext
 from trl_ext import DRPOConfig, DRPOTrainer, ERPDConfig
-from trl_ext.losses import dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
-from trl_ext.trust_regions import TRUST_REGIONS, check_trust_region, trust_region_loss, trust_region_radius
+from trl_ext.losses import dppo_loss, drpo_loss, ppo_clip_loss, sapo_loss, spo_loss
+from trl_ext.trust_regions import (
+    TRUST_REGIONS,
+    TrustRegion,
+    check_trust_region,
+    trust_region_loss,
+    trust_region_radius,
+)
 
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -177,6 +183,28 @@ def test_the_worked_example_of_contributing(tmp_path):
             erpd(trust_region="cispo", trust_region_radius=-1.0)
     finally:
         TRUST_REGIONS.pop("cispo", None)
+
+
+def test_a_region_of_ones_own_may_read_settings_of_grpo(tmp_path, monkeypatch, caplog):
+    """Other regions are not refused because of their defaults, and warn of a change that they do not read."""
+    options = {"sapo_temperature_pos": "temperature_positive", "sapo_temperature_neg": "temperature_negative"}
+    monkeypatch.setitem(TRUST_REGIONS, "soft", TrustRegion(sapo_loss, "SAPO's soft gate", options=options))
+
+    def make(**settings):
+        caplog.clear()
+        args = DRPOConfig(**tiny.grpo_settings(tmp_path, max_steps=1, **settings))
+        arguments = {"processing_class": tiny.tokenizer()}
+        return DRPOTrainer(tiny.policy(), tiny.digits_reward, args, tiny.prompts(), **arguments)
+
+    make(trust_region="soft", sapo_temperature_neg=2.0).train()
+    assert "has no effect" not in caplog.text
+    make(trust_region="soft", epsilon=0.1)
+    assert "epsilon=0.1 has no effect with trust_region='soft': remove it" in caplog.text
+    make(sapo_temperature_neg=2.0)
+    assert "sapo_temperature_neg=2.0 has no effect with trust_region='drpo': set trust_region_radius" in caplog.text
+    monkeypatch.setitem(TRUST_REGIONS, "plain", TrustRegion(ppo_clip_loss, "the default clip"))
+    with pytest.raises(ValueError, match=r"no meaning for trust_region='plain': remove it, or choose another"):
+        make(trust_region="plain", trust_region_radius=0.5)
 
 
 @pytest.mark.parametrize(

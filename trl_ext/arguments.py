@@ -22,6 +22,13 @@ ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
+# How TRL corrects for vLLM's log-probabilities, where it does
+VLLM_CORRECTION_SETTINGS = (
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+)
+
 # Values that leave the sampler's distribution equal to the model's
 NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1.0),
@@ -216,10 +223,11 @@ def sampling_that_biases_the_ratio(args: GRPOConfig) -> list[str]:
     return [name for name, value in sampling.items() if name in neutral and value not in neutral[name]]
 
 
-def changed_settings(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The named settings that differ from their default, with their values."""
-    defaults = {setting.name: setting.default for setting in fields(args)}
-    return {name: getattr(args, name) for name in names if name in defaults and getattr(args, name) != defaults[name]}
+def changed_settings(args: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The named settings that differ from their default, with their values, in the order of the configuration."""
+    names = set(names)
+    values = {setting.name: (getattr(args, setting.name), setting.default) for setting in fields(args)}
+    return {name: value for name, (value, default) in values.items() if name in names and value != default}
 
 
 def with_keyword(function: Callable, name: str) -> inspect.Signature:

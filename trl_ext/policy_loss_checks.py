@@ -47,10 +47,13 @@ def checked_token_loss(result: Any, logps: torch.Tensor, owner: str) -> TokenLos
                 raise TypeError(
                     f"{owner}.policy_loss returned the metric {name!r} as {type(values).__name__}: return a tensor."
                 )
-            if values.shape not in (logps.shape, logps.shape[:1], ()):
+            pair = isinstance(metric, tuple)
+            if values.shape not in ((logps.shape,) if pair else (logps.shape, logps.shape[:1], ())):
+                what = "one value and one weight per token" if pair else "one value per token"
+                or_else = "" if pair else f", or per sequence, {tuple(logps.shape[:1])}"
                 raise ValueError(
-                    f"{owner}.policy_loss returned the metric {name!r} in shape {tuple(values.shape)}: return one "
-                    f"value per token, {tuple(logps.shape)}, or per sequence, {tuple(logps.shape[:1])}."
+                    f"{owner}.policy_loss returned the metric {name!r} in shape {tuple(values.shape)}: return {what}, "
+                    f"{tuple(logps.shape)}{or_else}."
                 )
     return token_loss
 

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext.arguments import (
+    VLLM_CORRECTION_SETTINGS,
     as_config,
+    changed_settings,
     check_policy_loss_args,
     check_sharded_adapter,
     sampling_that_biases_the_ratio,
@@ -169,6 +171,19 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
     def sampled_elsewhere(self) -> bool:
         """Whether the ratio is against the log-probabilities of an engine other than the training model."""
         return self._uses_sampler_logps and (self.use_vllm or self.rollout_func is not None)
+
+    def warn_of_unused_correction(self) -> None:
+        """Warns about settings of TRL's correction of vLLM's log-probabilities where there is none."""
+        unused = VLLM_CORRECTION_SETTINGS if self.use_vllm and not self.corrects_sampler else ()
+        if changed := changed_settings(self.args, unused):
+            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            reason = "with vllm_importance_sampling_correction=False: leave it out, or remove that."
+            if self._uses_sampler_logps:
+                reason = (
+                    f"in {type(self).__name__}, whose ratio is against vLLM's own log-probabilities and needs no "
+                    "correction: leave it out."
+                )
+            logger.warning(f"{settings} has no effect {reason}")
 
     def warn_of_biased_ratio(self) -> None:
         """Warns about sampling settings that change that engine's log-probabilities but not the training model's."""

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.trainer_utils import has_length
 
+from trl_ext.arguments import VLLM_CORRECTION_SETTINGS
 from trl_ext.whole_checkpoint import WholeCheckpoints
 
 
@@ -92,6 +93,8 @@ class RolloutCheckpoints(WholeCheckpoints):
             "reference": self.beta != 0.0,
             # Whether the batches have TRL's correction of the sampler, and the old log-probabilities that it needs
             "corrected": self.corrects_sampler,
+            "correction": [getattr(self.args, name) for name in VLLM_CORRECTION_SETTINGS],
+            "generation_kwargs": str(self.args.generation_kwargs),
             "sampler_logps": self._uses_sampler_logps,
             "global_step": self.state.global_step,
             **{name: getattr(self.args, name) for name in names},

@@ -5,11 +5,12 @@ trainer with a `trust_region` setting by one row here.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
+from trl import GRPOConfig
 
 from trl_ext.arguments import changed_settings, check_choice
 from trl_ext.losses import TokenLoss, dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
@@ -45,7 +46,7 @@ class TrustRegion:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-# GRPO's own settings, which need not belong to the chosen region
+GRPO_SETTINGS = {setting.name for setting in fields(GRPOConfig)}
 CLIPPING = {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high", "delta": "ratio_cap"}
 RATIO_CAP = {"dppo_ratio_cap": "ratio_cap"}
 PROBABILITY: dict[str, Any] = {"unit": "absolute probability", "largest_shift": 1.0}
@@ -97,35 +98,37 @@ def check_trust_region(args: Any) -> None:
     check_choice("trust_region", name, TRUST_REGIONS)
     row = TRUST_REGIONS[name]
     if radius is not None and row.radius is None:
+        instead = f" and set {' and '.join(row.options)}" if row.options else ""
         raise ValueError(
-            f"trust_region_radius={radius} has no meaning for trust_region={name!r}: remove it and set "
-            f"{' and '.join(row.options)}, or choose another trust_region."
+            f"trust_region_radius={radius} has no meaning for trust_region={name!r}: remove it{instead}, or choose "
+            "another trust_region."
         )
     if radius is not None and not (math.isfinite(radius) and radius > 0):
         raise ValueError(
             f"trust_region_radius={radius} must be positive and finite: set a positive number, or None for {name}'s "
             f"default of {row.radius} ({row.unit})."
         )
-    for setting in sorted({option for other in TRUST_REGIONS.values() for option in other.options} - set(CLIPPING)):
-        value = getattr(args, setting, None)
-        if value is not None and setting not in row.options:
-            takers = [repr(other) for other, description in TRUST_REGIONS.items() if setting in description.options]
-            raise ValueError(
-                f"{setting}={value} has no meaning for trust_region={name!r}: remove it, or set trust_region to "
-                f"{' or '.join(takers)}."
-            )
+    for setting, value in changed_settings(args, _settings_of_others(row) - GRPO_SETTINGS).items():
+        takers = [repr(other) for other, description in TRUST_REGIONS.items() if setting in description.options]
+        raise ValueError(
+            f"{setting}={value} has no meaning for trust_region={name!r}: remove it, or set trust_region to "
+            f"{' or '.join(takers)}."
+        )
+
+
+def _settings_of_others(row: TrustRegion) -> set[str]:
+    """Names of the settings that only other trust regions read."""
+    return {setting for other in TRUST_REGIONS.values() for setting in other.options} - set(row.options)
 
 
 def trust_region_warnings(args: Any) -> list[str]:
     """One sentence for each setting of a trust region that is legal but has no effect."""
     row, warnings = TRUST_REGIONS[args.trust_region], []
     # GRPO's own settings are not refused, because a script that is changed from GRPOTrainer may set them
-    unused = changed_settings(args, tuple(name for name in CLIPPING if name not in row.options))
-    if unused:
+    if unused := changed_settings(args, _settings_of_others(row) & GRPO_SETTINGS):
         settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
-        warnings.append(
-            f"{settings} has no effect with trust_region={args.trust_region!r}: set trust_region_radius instead."
-        )
+        fix = "remove it" if row.radius is None else "set trust_region_radius instead"
+        warnings.append(f"{settings} has no effect with trust_region={args.trust_region!r}: {fix}.")
     radius = trust_region_radius(args)
     if radius is not None and radius >= row.largest_shift:
         warnings.append(

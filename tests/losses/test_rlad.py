@@ -198,6 +198,24 @@ def test_hostile_values_stay_finite(settings, clip, dtype):
     assert not logps.grad[1].any()
 
 
+@pytest.mark.parametrize(
+    ("old", "teacher", "advantage", "veto", "clipped"),
+    [
+        (0.5, 0.05, 1.0, 1, 0),  # the teacher finds the token less likely
+        (0.2, 0.45, 1.0, 0, 1),  # the policy has moved from 0.2 to 0.5 itself, and GRPO would clip that too
+        (0.2, 0.05, 1.0, 0, 1),
+        (0.5, 0.5, 1.0, 0, 0),
+        (0.2, 0.05, -1.0, 0, 0),
+        (0.5, 0.99, -1.0, 1, 0),
+    ],
+)
+def test_a_veto_is_what_the_teacher_alone_clips(old, teacher, advantage, veto, clipped):
+    _, gradient, metrics = one_token(0.5, old, teacher, advantage)
+    sign, end = ("positive", "high") if advantage > 0 else ("negative", "low")
+    assert (metrics[f"teacher/veto_{sign}"], metrics[f"clip_ratio/{end}_mean"]) == (veto, clipped)
+    assert (gradient == 0) == bool(veto + clipped)
+
+
 # ---- KDRL
 
 

@@ -74,6 +74,12 @@ def test_sequence_losses_are_the_mean_over_sequences(halfway, extraction_loss, u
         trainer.loss_type = loss_type
         ours = assert_loss_and_gradient(trainer, inputs, losses.mean())
         assert ours == pytest.approx(losses.mean().item(), rel=1e-5), loss_type
+    # Which are correct is a matter of the rewards, not of what the policy is trained on
+    logged, correct = trainer._token_metrics["train"].pop(), inputs["rewards"] > 0.5
+    if extraction_loss == "mse":
+        correct = inputs["advantages"] > 0
+    expected = 0.3 * log_ratio[correct].mean().item()
+    assert logged["extraction/implicit_reward_correct"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_stage_1_ignores_what_is_stage_2s(halfway):

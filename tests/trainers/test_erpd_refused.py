@@ -115,7 +115,14 @@ def test_warnings_of_settings_without_effect(path, tmp_path, caplog):
     assert "epsilon=0.3 has no effect with trust_region='drpo'" in caplog.text
     make_run(path, tmp_path, epsilon=0.3, distillation_epsilon=0.5)
     assert "epsilon=0.3 has no effect, because the clip range of stage 2 is distillation_epsilon=0.5" in caplog.text
-    make_run(path, tmp_path, trust_region="drpo", distillation_epsilon=0.5)
-    assert "distillation_epsilon=0.5 has no effect with trust_region='drpo'" in caplog.text
+    make_run(path, tmp_path, trust_region="drpo", distillation_epsilon=0.5, distillation_epsilon_high=0.7)
+    assert "distillation_epsilon=0.5, distillation_epsilon_high=0.7 has no effect with trust_region=" in caplog.text
+    make_run(path, tmp_path, epsilon_high=0.4, distillation_epsilon_high=0.7)
+    assert "distillation_epsilon_high=0.7 has no effect beside epsilon_high=0.4" in caplog.text
+    make_run(path, tmp_path, extraction_loss="sapo", extraction_beta=3.0)
+    assert "extraction_beta=3.0 has no effect with extraction_loss='sapo': remove it, or add 'ce'" in caplog.text
+    caplog.clear()
+    make_run(path, tmp_path, extraction_loss=["sapo", "ce"], extraction_beta=3.0, distillation_epsilon_high=0.7)
+    assert "has no effect" not in caplog.text
     make_run(path, tmp_path, prompts_per_round=2, distillation_anchor="pass")
     assert "stage 2 never leaves its anchor" in caplog.text

@@ -64,6 +64,14 @@ def test_the_trainer_goes_by_these_courses(path, tmp_path):
     assert [schedule.lr_lambdas[0](step) for step in range(10)] == pytest.approx(RATES, abs=1e-6)
 
 
+def test_stage_1_warms_up_without_another_setting(tmp_path):
+    """transformers leaves the warm-up of "constant" out, which is the default of stage 1."""
+    args = ERPDConfig(**settings(tmp_path, extraction_passes=2, distillation_passes=1, extraction_warmup_steps=2))
+    factor = Schedule(phases_of(args, 1e-3), steps_per_pass=2).learning_rate(1e-3, None)
+    peak = (args.extraction_learning_rate or 1e-3) / 1e-3
+    assert [factor(step) for step in range(4)] == pytest.approx([0, peak / 2, peak, peak])
+
+
 @pytest.mark.parametrize(("extraction", "first"), [(None, 1e-2), (5e-3, 5e-3)])
 def test_an_optimizer_of_ones_own_keeps_its_rate(tmp_path, extraction, first):
     """Where GRPO trains at it, too: `learning_rate` is left at its default."""

@@ -125,6 +125,7 @@ def test_a_plain_grpo_config_has_the_defaults(path, teacher_path, tmp_path):
 TEACHER_METRICS = {"teacher/log_ratio", "teacher/log_ratio_abs"}
 VETOES = {"teacher/veto_positive", "teacher/veto_negative"}
 TRRD_METRICS = TEACHER_METRICS | VETOES | {"teacher/clamped", "teacher/mixture_alpha"}
+CLIPPED_ANYWAY = {f"clip_ratio/{clip}_mean" for clip in ("low", "high", "region")}
 KDRL_METRICS = TEACHER_METRICS | {"teacher/penalty", "kdrl/coef"}
 REGION_METRICS = {f"outside_region/{sign}" for sign in ("positive", "negative")} | {"regularizer"}
 
@@ -132,7 +133,7 @@ REGION_METRICS = {f"outside_region/{sign}" for sign in ("positive", "negative")}
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, TRRD_METRICS | {"policy_drift", "policy_drift_abs"}),
+        ({}, TRRD_METRICS | CLIPPED_ANYWAY | {"policy_drift", "policy_drift_abs"}),
         ({"teacher_mixture_alpha_end": 0.5, "num_iterations": 1}, TRRD_METRICS - {"teacher/mixture_alpha"}),
         ({"num_iterations": 1}, TRRD_METRICS),
         ({"teacher_log_ratio_clip": None, "num_iterations": 1}, TRRD_METRICS - {"teacher/clamped"}),

@@ -124,7 +124,7 @@ def test_an_adapter_scores_through_what_wraps_the_model_by_then(tmp_path, make):
             return self.module(*args, **kwargs)
 
     wrapped, unwrap = Wrapper(trainer.model), trainer.accelerator.unwrap_model
-    trainer.accelerator.unwrap_model = lambda model, *args: unwrap(getattr(model, "module", model), *args)
+    trainer.accelerator.unwrap_model = lambda model, **options: unwrap(getattr(model, "module", model), **options)
     trainer.model = wrapped
     batch = batch_of(trainer)
     mask, expected = batch["completion_mask"].bool(), expected_logps(reference, batch)

@@ -12,6 +12,7 @@ import tropd_runs
 from transformers import AutoModelForCausalLM
 
 from trl_ext import RLADConfig, RLADTrainer, TrOPDConfig, TrOPDTrainer
+from trl_ext.tropd.objective import completion_loss
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -293,6 +294,21 @@ def test_a_refusal_names_its_remedy(path, tmp_path, server, fault, remedy):
         server.served["max_model_len"] = 8  # unknown to the teacher, as with a server that does not report it
     with pytest.raises(ConnectionError, match=remedy):
         trainer.teacher.next_tokens(batch, 25 if fault == "logprobs" else 3, 8)
+
+
+def test_tokens_without_a_score_have_no_top_k_mass(tmp_path):
+    """The mean is over those that the server has scored."""
+    inputs = {name: torch.zeros(1, 2).long() for name in ("guided_mask", "off_policy_mask")}
+    inputs |= {"completion_mask": torch.ones(1, 2).long(), "draws": torch.zeros(1, 2)}
+    inputs |= {"teacher_logps": torch.tensor([[-1.0, torch.nan]]), "top_k_ids": torch.zeros(1, 2, 2).long()}
+    inputs["top_k_logps"] = torch.tensor([[0.6, 0.3], [0.0, 0.0]]).log()[None]
+    args = TrOPDConfig(**tropd_runs.settings(tmp_path, outlier_top_k=2))
+    _, metrics = completion_loss(args, True, torch.full((1, 2, 3), -1.0), torch.ones(1, 2), inputs)
+    ((values, mask),) = [
+        (found["teacher/top_k_mass"], mask) for found, mask in metrics if "teacher/top_k_mass" in found
+    ]
+    assert mask.tolist() == [[True, False]]
+    assert values[mask].tolist() == [pytest.approx(0.9)]
 
 
 def test_temperature_is_refused(path, tmp_path, server):

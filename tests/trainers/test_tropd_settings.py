@@ -208,6 +208,20 @@ def test_settings_without_an_effect_bring_one_warning(tmp_path, caplog, override
     assert warned is None or warned in warnings[0]
 
 
+def test_an_objective_of_your_own_may_read_settings_of_gkd(tmp_path, monkeypatch, caplog):
+    def loss(logps, teacher_logps, mask, *, beta=0.5, temperature=1.0):
+        return opd_loss(logps, teacher_logps, mask)
+
+    options = {"beta": "beta", "temperature": "temperature"}
+    monkeypatch.setitem(OBJECTIVES, "theirs", Objective(loss, "theirs", options))
+    make_trainer(tmp_path, objective="theirs", beta=0.9, temperature=0.7)
+    make_trainer(tmp_path, temperature=0.7)
+    assert "beta=" not in caplog.text
+    assert "temperature=" not in caplog.text
+    make_trainer(tmp_path, beta=0.9)
+    assert "beta=0.9 has no effect" in caplog.text
+
+
 def test_an_objective_of_your_own_is_one_row(tmp_path, monkeypatch):
     """Its settings and tensors reach the loss, and the settings of other objectives are known to have no effect."""
     seen = []

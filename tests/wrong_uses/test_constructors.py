@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import Qwen3ForSequenceClassification
 from trl import SFTConfig
 from wrong import CONFIGS, NOTHING, assert_clear, config, construct
@@ -94,6 +94,11 @@ OWN = {
     "rlad": [
         ({"teacher_model": NOTHING}, "needs a teacher: pass teacher_model="),
         ({"args": config("erpd")}, "ERPDConfig, the configuration of another trainer"),
+        ({"teacher_model": "base"}, "'base' is the student without its adapter, .*: pass peft_config"),
+        (
+            {"teacher_model": "http://no-such-server", "settings": {"temperature": 0.7}},
+            "scores at temperature 1 only .*: set it to 1.0",
+        ),
     ],
     "erpd": [
         ({"args": config("drpo")}, "DRPOConfig, the configuration of another trainer, .*: create it with ERPDConfig"),
@@ -123,6 +128,15 @@ OWN = {
         ({"model": None}, "needs a student: pass model=..., a hub name, a path or a loaded model"),
         ({"teacher_model": NOTHING}, "needs a teacher: pass teacher_model="),
         ({"args": config("drpo")}, "DRPOConfig.*: create it with TrOPDConfig"),
+        ({"teacher_model": "base"}, "'base' is the student without its adapter, .*: pass peft_config"),
+        (
+            {"teacher_model": "http://no-such-server", "settings": {"temperature": 0.7}},
+            "scores at temperature 1 only .*: set it to 1.0",
+        ),
+        (
+            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
+            "PROMPT_TUNING puts its prompt: use another adapter",
+        ),
         ({"compute_metrics": print}, "leave them out, and read eval_loss"),
         ({"data_collator": 3}, "`data_collator` must be a function of a list of rows, got an int: leave it out"),
         ({"preprocess_logits_for_metrics": print}, "leave them out, and read eval_loss"),

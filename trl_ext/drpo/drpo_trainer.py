@@ -7,7 +7,6 @@ import torch
 from accelerate.logging import get_logger
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings
 from trl_ext.drpo.drpo_config import DRPOConfig, check_drpo_args
 from trl_ext.losses import TokenLoss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
@@ -15,12 +14,6 @@ from trl_ext.trust_regions import trust_region_loss, trust_region_radius, trust_
 
 
 logger = get_logger(__name__)
-
-VLLM_CORRECTION_SETTINGS = (
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min",
-)
 
 
 class DRPOTrainer(PolicyLossTrainer):
@@ -102,16 +95,7 @@ class DRPOTrainer(PolicyLossTrainer):
     def warn_about_args(self) -> None:
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
-        unused = VLLM_CORRECTION_SETTINGS if self.use_vllm and not self.corrects_sampler else ()
-        if changed := changed_settings(self.args, unused):
-            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-            reason = "with vllm_importance_sampling_correction=False: leave it out, or remove that."
-            if self._uses_sampler_logps:
-                reason = (
-                    f"in {type(self).__name__}, whose ratio is against vLLM's own log-probabilities and needs no "
-                    "correction: leave it out."
-                )
-            logger.warning(f"{settings} has no effect {reason}")
+        self.warn_of_unused_correction()
         if self.rollout_func is not None and not self.use_vllm and not self.anchored_to_sampler:
             logger.warning(
                 "trust_region_anchor='old_policy' leaves out the log-probabilities that rollout_func may return, and "

@@ -152,6 +152,28 @@ def _check_trl_args(args: GRPOConfig, owner: str) -> None:
         )
 
 
+def unused_settings(args: GRPOConfig) -> list[tuple[tuple[str, ...], str]]:
+    """Names of settings that the values of others leave without an effect, each with the reason and what to do."""
+    losses, clips = as_list(args.extraction_loss), args.trust_region == "ppo_clip"
+    of_sequences = [loss for loss in losses if EXTRACTION_LOSSES[loss].of_sequences]
+    unused: list[tuple[tuple[str, ...], str]] = []
+    if not of_sequences:
+        reason = f" with extraction_loss={args.extraction_loss!r}: remove it, or add 'ce' or 'mse'"
+        unused.append((("extraction_beta", "extraction_skips_agreeing_prompts"), reason))
+    if not clips:
+        reason = f" with trust_region={args.trust_region!r}: set trust_region_radius instead"
+        return [*unused, (("distillation_epsilon", "distillation_epsilon_high"), reason)]
+    own = args.distillation_epsilon
+    if own is not None:
+        reason = f", because the clip range of stage 2 is distillation_epsilon={own}"
+        unused.append((("epsilon",), f"{reason}: set distillation_epsilon instead, or to None"))
+    if args.epsilon_high is not None:
+        unused.append(
+            (("distillation_epsilon_high",), f" beside epsilon_high={args.epsilon_high}: remove one of them")
+        )
+    return unused
+
+
 def _check_stored_rollouts(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
     if args.rounds > 1:
         raise ValueError(

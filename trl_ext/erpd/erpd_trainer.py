@@ -18,6 +18,7 @@ from trl_ext.erpd.checks import (
     check_erpd_args,
     resolve_prompts_per_round,
     stored_rollouts_per_round,
+    unused_settings,
 )
 from trl_ext.erpd.erpd_config import ERPDConfig
 from trl_ext.erpd.extraction import EXTRACTION_LOSSES, Rollouts
@@ -33,6 +34,9 @@ from trl_ext.trust_regions import trust_region_loss, trust_region_warnings
 
 
 logger = get_logger(__name__)
+
+CORRECT, INCORRECT = "extraction/implicit_reward_correct", "extraction/implicit_reward_incorrect"
+REVERSED = {CORRECT: INCORRECT, INCORRECT: CORRECT}
 
 
 class ERPDTrainer(PolicyLossTrainer):
@@ -171,17 +175,12 @@ class ERPDTrainer(PolicyLossTrainer):
             logger.warning(warning)
         if any(EXTRACTION_LOSSES[loss].against_sampler for loss in as_list(self.args.extraction_loss)):
             self.warn_of_biased_ratio()
-        own, clips = self.args.distillation_epsilon, self.args.trust_region == "ppo_clip"
-        if own is not None and clips and (changed := changed_settings(self.args, ("epsilon",))):
-            logger.warning(
-                f"epsilon={changed['epsilon']} has no effect, because the clip range of stage 2 is "
-                f"distillation_epsilon={own}: set distillation_epsilon instead, or to None."
-            )
-        if own is not None and not clips and changed_settings(self.args, ("distillation_epsilon",)):
-            logger.warning(
-                f"distillation_epsilon={own} has no effect with trust_region={self.args.trust_region!r}: set "
-                "trust_region_radius instead."
-            )
+        self.warn_of_unused_correction()
+        for names, reason in unused_settings(self.args):
+            changed = {name: x for name, x in changed_settings(self.args, names).items() if x is not None}
+            if changed:
+                settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+                logger.warning(f"{settings} has no effect{reason}.")
         update = self.args.generation_batch_size // self.args.steps_per_generation
         update *= self.args.gradient_accumulation_steps
         if self.args.distillation_anchor == "pass" and self._rollouts_per_round == update:
@@ -304,9 +303,10 @@ class ERPDTrainer(PolicyLossTrainer):
             rollouts = Rollouts(
                 per_token_logps, base_logps, behaviour_logps, advantages.squeeze(1), inputs["outcomes"], mask
             )
-            if phase.policy == "unlearned":
-                rollouts = rollouts.reversed()
-            token_loss = EXTRACTION_LOSSES[phase.loss].loss(rollouts, self.args)
+            unlearned = phase.policy == "unlearned"
+            token_loss = EXTRACTION_LOSSES[phase.loss].loss(rollouts.reversed() if unlearned else rollouts, self.args)
+            if unlearned:  # what it takes for correct are the incorrect ones
+                token_loss.metrics = {REVERSED.get(name, name): m for name, m in token_loss.metrics.items()}
         token_loss.metrics["kl_from_base"] = base_logps - per_token_logps.detach()
         return token_loss
 

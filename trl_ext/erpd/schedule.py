@@ -143,7 +143,10 @@ def phases_of(args: GRPOConfig, learning_rate: float) -> list[Phase]:
     `learning_rate` is the optimizer's.
     """
     peak = learning_rate if args.extraction_learning_rate is None else args.extraction_learning_rate
-    extraction = LearningRate(peak, args.extraction_lr_scheduler_type, args.extraction_warmup_steps)
+    course = as_text(args.extraction_lr_scheduler_type)
+    if course == "constant" and args.extraction_warmup_steps:  # which transformers would leave out
+        course = "constant_with_warmup"
+    extraction = LearningRate(peak, course, args.extraction_warmup_steps)
     distillation = LearningRate(learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
     phases = []
     for number in range(1, args.rounds + 1):

@@ -22,6 +22,9 @@ class DistillationTerms(NamedTuple):
     penalty: bool  # beside the policy loss: KDRL
 
 
+# Where the teacher alone takes a token's gradient
+VETOES = {"clip_ratio/high_mean": "teacher/veto_positive", "clip_ratio/low_mean": "teacher/veto_negative"}
+
 DISTILLATIONS = {
     "trrd": DistillationTerms(mixture=True, penalty=False),
     "kdrl": DistillationTerms(mixture=False, penalty=True),
@@ -94,11 +97,17 @@ def trrd_loss(
     token_loss = region(current + (log_ratio - log_ratio.detach()), current - log_ratio.detach(), advantages, mask)
 
     metrics = teacher_metrics(teacher_log_ratio, neutral)
-    # In GRPO this would be the clip fraction
-    for clip, veto in (("high", "positive"), ("low", "negative")):
-        if (share := token_loss.metrics.get(f"clip_ratio/{clip}_mean")) is not None:
-            metrics[f"teacher/veto_{veto}"] = share
-    metrics |= {name: values for name, values in token_loss.metrics.items() if not name.startswith("clip_ratio/")}
+    # What is clipped in GRPO too, whose ratio is the drift's, is not the teacher's doing
+    with torch.no_grad():
+        without_teacher = region(current, current - drift, advantages, mask).metrics
+    for name, share in token_loss.metrics.items():
+        anyway = without_teacher[name]
+        if not name.startswith("clip_ratio/"):
+            metrics[name] = share
+        elif name.endswith("_mean") and isinstance(share, torch.Tensor) and isinstance(anyway, torch.Tensor):
+            metrics[name] = share * anyway
+            if name in VETOES:
+                metrics[VETOES[name]] = share * (1 - anyway)
     metrics["policy_drift"], metrics["policy_drift_abs"] = drift.detach(), drift.detach().abs()
     if log_ratio_clip is not None:
         metrics["teacher/clamped"] = (teacher_log_ratio.detach().abs() > log_ratio_clip).to(drift.dtype)

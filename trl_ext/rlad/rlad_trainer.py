@@ -1,5 +1,6 @@
 """RL-aware distillation."""
 
+import inspect
 import textwrap
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
 
     def __init__(self, *args: Any, teacher_model: "str | PreTrainedModel | PeftModel | None" = None, **kwargs: Any):
         self._teacher_model = teacher_model
+        given = inspect.signature(PolicyLossTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        self._peft_config = given.get("peft_config")
         super().__init__(*args, **kwargs)
         self.prepare_teacher(self.eos_token_ids)
 
@@ -88,6 +91,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
     def warn_about_args(self) -> None:
         for warning in trust_region_warnings(self.args):
             logger.warning(warning)
+        self.warn_of_unused_correction()
         if changed := changed_settings(self.args, settings_without_effect(self.args)):
             settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             logger.warning(
@@ -97,7 +101,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
             )
 
     def before_loading(self, model: Any, args: GRPOConfig, processing_class: Any) -> None:
-        self.teacher = make_teacher(self._teacher_model, model, args, type(self).__name__)
+        self.teacher = make_teacher(self._teacher_model, model, args, type(self).__name__, self._peft_config)
         self.check_teacher_tokenizer(model, args, processing_class)
 
     def policy_loss(
@@ -126,7 +130,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
             )
             if args.teacher_mixture_alpha_end not in (None, args.teacher_mixture_alpha):
                 token_loss.metrics["teacher/mixture_alpha"] = torch.full((len(mask),), alpha, device=mask.device)
-            constant: tuple[str, ...] = ("policy_drift",) if on_policy else ()
+            constant: tuple[str, ...] = ("policy_drift", "clip_ratio/") if on_policy else ()
         else:
             token_loss = region(per_token_logps, behaviour_logps, advantages, mask)
             constant = tuple(token_loss.metrics) if on_policy else ()
@@ -183,7 +187,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
 
     def _run_identity(self) -> dict[str, Any]:
         args = self.args
-        return {**super()._run_identity(), "teacher": self.teacher.name, "kdrl": [args.distillation, args.kdrl_mask]}
+        kdrl = [args.distillation, args.kdrl_mask, args.kdrl_correct_reward]
+        return {**super()._run_identity(), "teacher": self.teacher.name, "kdrl": kdrl}
 
     def _distilled(self, local_size: int) -> torch.Tensor:
         """1 where KDRL's penalty applies, of shape `(local_size, 1)`."""

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -37,11 +36,6 @@ class AdapterTeacher(ModelTeacher):
         return None  # it is the student's model
 
     def prepare(self, trainer: Any) -> None:
-        if not is_peft_model(trainer.model):
-            raise ValueError(
-                "teacher_model='base' is the student without its adapter, but this student has none: pass "
-                "peft_config, or another teacher."
-            )
         self.trainer, self.accelerator, self.temperature = trainer, trainer.accelerator, trainer.args.temperature
         config = trainer.model.config.get_text_config()
         self.vocab_size, self.max_length = config.vocab_size, getattr(config, "max_position_embeddings", None)

@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
+from trl_ext.arguments import changed_settings
 from trl_ext.teacher.adapter import AdapterTeacher
 from trl_ext.teacher.base import Teacher
 from trl_ext.teacher.model import ModelTeacher
@@ -14,7 +15,7 @@ from trl_ext.teacher.model import ModelTeacher
 logger = get_logger(__name__)
 
 
-def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher:
+def make_teacher(teacher: Any, student: Any, args: Any, trainer: str, peft_config: Any = None) -> Teacher:
     """
     The [`Teacher`] that the arguments name. Nothing is loaded yet.
 
@@ -28,6 +29,8 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
             Configuration.
         trainer (`str`):
             Name of the trainer, for messages.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Of the adapter that the student is given, if it is given one.
     """
     teacher = teacher or args.teacher_model_server_url or args.teacher_model_name_or_path
     if teacher is None:
@@ -35,12 +38,13 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
             f"{trainer} needs a teacher: pass teacher_model=..., or set teacher_model_name_or_path or "
             "teacher_model_server_url."
         )
-    named = args.teacher_model_name_or_path
-    if named is not None and teacher != named and not (isinstance(teacher, str) and teacher.startswith("http")):
-        logger.warning(f"teacher_model_name_or_path={named!r} has no effect with teacher_model: leave one out.")
-    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-    if args.teacher_model_revision is not None:
-        init_kwargs["revision"] = args.teacher_model_revision
+    served = isinstance(teacher, str) and teacher.startswith(("http://", "https://"))
+    named = {"teacher_model_server_url": args.teacher_model_server_url}
+    if not served:  # it names a server's tokenizer
+        named["teacher_model_name_or_path"] = args.teacher_model_name_or_path
+    for setting, name in named.items():
+        if name is not None and teacher != name:
+            logger.warning(f"{setting}={name!r} has no effect with teacher_model: leave one out.")
     if not isinstance(teacher, str):
         if getattr(teacher, "get_output_embeddings", lambda: None)() is None:
             raise TypeError(
@@ -52,28 +56,47 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str) -> Teacher
                 "The teacher is the student itself, or shares its weights, which would be frozen: pass another model "
                 "or the name of one, or teacher_model='base' for the student without its adapter."
             )
-        if args.teacher_model_init_kwargs is not None or args.teacher_model_revision is not None:
-            logger.warning(
-                "teacher_model_init_kwargs and teacher_model_revision have no effect on a teacher that is loaded "
-                "already: remove them, or pass the teacher's name instead of the loaded model."
+        _warn_of_unused_loading(args, "on a teacher that is loaded already", "pass its name instead")
+        return ModelTeacher(teacher, {"trust_remote_code": args.trust_remote_code})
+    if served:
+        _warn_of_unused_loading(args, "on a teacher behind a URL", "load the teacher here")
+        return _server_teacher(teacher, args)
+    has_adapter = not isinstance(student, str) and is_peft_model(student)
+    is_adapter = has_adapter and teacher in student.peft_config
+    if is_adapter or teacher == "base":
+        if not (has_adapter or peft_config is not None):
+            raise ValueError(
+                "teacher_model='base' is the student without its adapter, but this student has none: pass "
+                "peft_config, or another teacher."
             )
-        return ModelTeacher(teacher, init_kwargs)
-    if teacher.startswith(("http://", "https://")):
-        try:
-            from trl_ext.teacher.server import ServerTeacher
-        except ImportError as error:
-            raise ImportError(
-                f"A teacher server needs the requests library ({error}): pip install requests."
-            ) from error
-        return ServerTeacher(teacher, args.teacher_model_name_or_path, args.teacher_server_timeout)
-    if not isinstance(student, str) and is_peft_model(student) and teacher in student.peft_config:
-        return AdapterTeacher(student, teacher)
-    if teacher == "base":
-        return AdapterTeacher(student, None)
+        _warn_of_unused_loading(args, "on a teacher that is the student's own model", "pass the name of another")
+        return AdapterTeacher(student, teacher if is_adapter else None)
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
+    if args.teacher_model_revision is not None:
+        init_kwargs["revision"] = args.teacher_model_revision
     adapters = ", ".join(map(repr, getattr(student, "peft_config", ())))
     return ModelTeacher(
         teacher, init_kwargs, f", the name of one of the student's adapters ({adapters})" * bool(adapters)
     )
+
+
+def _server_teacher(url: str, args: Any) -> Teacher:
+    try:
+        from trl_ext.teacher.server import ServerTeacher
+    except ImportError as error:
+        raise ImportError(f"A teacher server needs the requests library ({error}): pip install requests.") from error
+    if args.temperature != 1.0:
+        raise ValueError(
+            f"The teacher server {url} scores at temperature 1 only (vLLM's prompt log-probabilities have no other) "
+            f"and cannot judge samples at temperature={args.temperature}: set it to 1.0, or load the teacher here."
+        )
+    return ServerTeacher(url, args.teacher_model_name_or_path, args.teacher_server_timeout)
+
+
+def _warn_of_unused_loading(args: Any, where: str, instead: str) -> None:
+    if changed := changed_settings(args, ("teacher_model_init_kwargs", "teacher_model_revision")):
+        settings = " and ".join(changed)
+        logger.warning(f"{settings} has no effect {where}: remove it, or {instead}.")
 
 
 def shares_weights(teacher: torch.nn.Module, student: Any) -> bool:

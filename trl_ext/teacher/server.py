@@ -124,12 +124,6 @@ class ServerTeacher(Teacher):
         return tokenizer
 
     def prepare(self, trainer: Any) -> None:
-        if trainer.args.temperature != 1.0:
-            raise ValueError(
-                f"The teacher server {self.url} scores at temperature 1 only (vLLM's prompt log-probabilities have no "
-                f"other) and cannot judge samples at temperature={trainer.args.temperature}: set it to 1.0, or "
-                "load the teacher here."
-            )
         self.device = trainer.accelerator.device
 
     def sampled_logps(self, batch: dict[str, Any], score: Score) -> torch.Tensor:

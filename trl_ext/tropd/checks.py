@@ -85,7 +85,7 @@ def check_tropd_args(args: Any) -> None:
 
 def settings_without_effect(args: Any) -> tuple[str, ...]:
     """Names of the settings that the values of others leave without an effect."""
-    names = NEVER_READ | unused_settings(args)
+    names = (NEVER_READ - objective_of(args).settings) | unused_settings(args)
     if args.pad_to_multiple_of is not None:  # the default, "auto", becomes None
         names.add("pad_to_multiple_of")
     if args.lmbda == 1:

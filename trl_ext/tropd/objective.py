@@ -5,10 +5,11 @@ A new objective is a loss function in `trl_ext.losses.tropd` and one row of `OBJ
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from trl.experimental.gkd import GKDConfig
 
 from trl_ext.losses import (
     OUTLIER_LOSSES,
@@ -60,6 +61,7 @@ class Objective:
         return {*self.options, *self.other_settings} | ({self.top_k} if self.top_k else set())
 
 
+GKD_SETTINGS = {setting.name for setting in fields(GKDConfig)}
 CLIP = {"outlier_clip_floor": "clip_floor", "outlier_clip_coef": "clip_coef"}
 
 OBJECTIVES: dict[str, Objective] = {
@@ -105,9 +107,9 @@ def objective_of(args: Any) -> Objective:
 
 
 def unused_settings(args: Any) -> set[str]:
-    """Settings of objectives and outlier losses that the chosen one does not read."""
+    """Settings of objectives and outlier losses that the chosen one does not read. Those of GKD have other readers."""
     used = objective_of(args).settings | ({"outlier_top_k"} if args.lmbda < 1 else set())
-    return {name for row in OBJECTIVES.values() for name in row.settings} - used
+    return {name for row in OBJECTIVES.values() for name in row.settings} - used - GKD_SETTINGS
 
 
 def teacher_top_k(args: Any) -> int:
@@ -152,7 +154,7 @@ def completion_loss(
     if "sampler_logps" in inputs and training:  # every rollout is used for one update, of the policy that sampled it
         general["sampling/fresh_log_ratio_abs"] = absolute_log_ratio(logps, inputs["sampler_logps"])
     if "top_k_logps" in inputs:
-        general["teacher/top_k_mass"] = inputs["top_k_logps"].exp().sum(-1)
+        token_loss.metrics["teacher/top_k_mass"] = inputs["top_k_logps"].exp().sum(-1)
     loss = token_loss.loss
     metrics = [(token_loss.metrics, own & ~inputs["teacher_logps"].isnan()), (general, own)]
     if training and args.guidance != "none":

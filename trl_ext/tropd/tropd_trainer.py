@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     DataCollator,
@@ -142,10 +141,16 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         check_data_collator(data_collator)
         check_training_arguments(args, eval_dataset, callbacks, optimizers, peft_config)
         check_tropd_args(args)
+        adapter = peft_config if isinstance(model, str) else getattr(model, "active_peft_config", peft_config)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                f"{name} calls the model below PEFT's forward, where {adapter.peft_type.value} puts its prompt: use "
+                "another adapter, e.g. peft.LoraConfig."
+            )
         needs = None
         if data_collator is None:
             needs = check_datasets(args, name, train_dataset, eval_dataset)
-        self.teacher = make_teacher(teacher_model, model, args, name)
+        self.teacher = make_teacher(teacher_model, model, args, name, peft_config)
         check_served_teacher(args, self.teacher)
         processing_class = self.check_teacher_tokenizer(model, args, processing_class)
         tokenizer = text_tokenizer(processing_class)
@@ -174,11 +179,6 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"{name} calls the model below PEFT's forward, where {self.model.active_peft_config.peft_type.value} "
-                "puts its prompt: use another adapter, e.g. peft.LoraConfig."
-            )
         check_sharded_adapter(self, fused_head=False)
         report_after_diagnostics(self.callback_handler)
         parallelism = self.accelerator.parallelism_config
