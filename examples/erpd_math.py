@@ -114,7 +114,8 @@ def main(script_args: ERPDScriptArguments, training_args: ERPDConfig, model_args
     if embedded and task.held_out is not None:
         policies = policies_of_erpd(erpd, training_args, task.model)
         phases = [number for number in script_args.grpo_phases if number > 0]
-        policies += [train_grpo(number, rollouts_of(erpd), training_args, task) for number in phases]
+        adapter = get_peft_config(model_args)
+        policies += [train_grpo(number, rollouts_of(erpd), training_args, task, adapter) for number in phases]
         measure_policies(policies, script_args.num_held_out)
         table = comparison_table(policies)
     if trainer.accelerator.is_main_process:

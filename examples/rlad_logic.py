@@ -95,8 +95,9 @@ def own_puzzles_task(script_args: RLADScriptArguments, training_args: RLADConfig
     tokenizer = load_tokenizer(training_args, model_args)
     add_model_init_kwargs(training_args, model_args)
     puzzles = split_puzzles(script_args.num_train, script_args.num_held_out, script_args.num_people)
-    data = as_dataset(puzzles.train, tokenizer), as_dataset(puzzles.held_out, tokenizer)
-    return Task(model_args.model_name_or_path, tokenizer, *data, reward=correct_roles)
+    held_out = as_dataset(puzzles.held_out, tokenizer) if puzzles.held_out else None
+    train = as_dataset(puzzles.train, tokenizer)
+    return Task(model_args.model_name_or_path, tokenizer, train, held_out, reward=correct_roles)
 
 
 def make_trainer(method: str, training_args: RLADConfig, task: Task, model_args: ModelConfig) -> Any:

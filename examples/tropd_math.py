@@ -120,6 +120,8 @@ def measure(trainer: Any, args: TrOPDConfig, task: Task, accuracy: Any) -> dict[
     """The same measures for every method: accuracy, and the KL divergence to the teacher on held-out prompts."""
     judge = make_trainer("tropd", copy.deepcopy(args), task, trainer.accelerator.unwrap_model(trainer.model))
     quieten(judge)
+    if task.held_out is None:
+        return accuracy(judge)
     return {**accuracy(judge), "KL to the teacher, nats per token": judge.evaluate()["eval_teacher/kl"]}
 
 

@@ -8,7 +8,16 @@ import tiny
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    Qwen3Config,
+    RecurrentGemmaConfig,
+    xLSTMConfig,
+)
 
 from trl_ext import next_token
 from trl_ext.next_token import HeadScaling, next_tokens, selected_logps
@@ -69,6 +78,18 @@ def test_next_tokens_are_those_of_the_models_own_logits(config, bias, chunks):
     torch.testing.assert_close(scores.logps[valid], sampled[valid], **close)
     torch.testing.assert_close(scores.entropy[valid], -(logps.exp() * logps).sum(-1)[valid], **close)
     assert all((tensor[~valid] == 0).all() for tensor in scores)
+
+
+def test_every_name_of_a_soft_cap_is_known():
+    for config in (RecurrentGemmaConfig(logits_soft_cap=7.0), xLSTMConfig(output_logit_soft_cap=7.0)):
+        assert HeadScaling.of(config, 1.0).softcap == 7.0
+
+
+def test_a_model_without_a_part_below_its_head_is_refused():
+    model, ids, mask = model_and_batch(HEADS["untied"])
+    model.base_model_prefix = ""  # as Llama 4's is
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM has no part below its LM head .*: use another"):
+        next_tokens(model, ids, mask, logits_to_keep=4, k=5)
 
 
 def test_a_smaller_vocabulary_bounds_the_likeliest_tokens_only():

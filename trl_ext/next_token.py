@@ -44,7 +44,8 @@ class HeadScaling(NamedTuple):
         )
         if scale is None and (scaling := getattr(config, "logits_scaling", None)) is not None:
             scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-        softcap = getattr(config, "final_logit_softcapping", None)
+        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        softcap = next((value for name in caps if (value := getattr(config, name, None)) is not None), None)
         return cls(1.0 if scale is None else scale, softcap, temperature)
 
     def apply_(self, logits: torch.Tensor) -> torch.Tensor:
@@ -139,6 +140,11 @@ def likeliest_tokens(
 
 def backbone(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
     """The outputs of `model` below its LM head. Padding on the left does not shift the positions of what follows."""
+    if model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} has no part below its LM head that can be called alone, so that its "
+            "log-probabilities could not be computed without a tensor of logits: use another architecture."
+        )
     if model.config.get_text_config() is model.config:  # others number the positions of text and images themselves
         parameters = inspect.signature(model.base_model.forward).parameters
         if "position_ids" in parameters:

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 
@@ -87,9 +87,38 @@ class WholeCheckpoints(Trainer):
                 f"writable, and train again with {resume}."
             ) from error
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not load_renamed_weights(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or not load_renamed_weights(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the main process writes trainer_state.json next
+
+
+def load_renamed_weights(model: Any, folder: str) -> bool:
+    """
+    Loads a checkpoint of a model that transformers saves under other names than its parameters have: mixtures of
+    experts and several vision-language models. Its trainer looks for the parameters' own names alone, and leaves what
+    it does not find as it is. Returns whether this was such a checkpoint; of others nothing is loaded.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:  # an adapter, or the shards of FSDP
+        return False
+    saved: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            saved |= set(content.keys())
+    if saved <= set(model.state_dict()):
+        return False
+    loaded = type(model).from_pretrained(folder, dtype="auto", device_map="cpu")
+    model.load_state_dict(loaded.state_dict())
+    return True
 
 
 def newest_whole_checkpoint(output_dir: str, required: list[str] | tuple[str, ...] = ()) -> str:

@@ -6,6 +6,7 @@ import ast
 import re
 import threading
 import warnings
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def load_problems(
     `privileged_context`, which holds the worked solution, and `teacher_prompt`, the prompt with it.
 
     The first `num_held_out` problems of the test split are held out. Without such a split, they are drawn from the
-    training split, at most a tenth of it, and not trained on.
+    training split, at most a tenth of it (of a stream they are its first rows), and not trained on.
     """
     name = script_args.dataset_name
     file_format = FILE_FORMATS.get(Path(name).suffix)
@@ -67,7 +68,9 @@ def load_problems(
     if num_held_out == 0:
         return train, None
     if script_args.dataset_test_split in splits and script_args.dataset_test_split != script_args.dataset_train_split:
-        return train, as_problems(splits[script_args.dataset_test_split].take(num_held_out))
+        test = splits[script_args.dataset_test_split]
+        number = num_held_out if isinstance(test, IterableDataset) else min(num_held_out, len(test))
+        return train, as_problems(test.take(number))
     return _hold_out(train, num_held_out, seed)
 
 
@@ -80,6 +83,11 @@ def _hold_out(
     train: Dataset | IterableDataset, number: int, seed: int
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     if isinstance(train, IterableDataset):
+        if next(iter(train.skip(number)), None) is None:
+            raise ValueError(
+                f"The data set has at most {number} rows, all of which would be held out: lower --num_held_out, or "
+                "leave out --dataset_streaming."
+            )
         return train.skip(number), train.take(number)
     if len(train) < 2:
         return train, None
@@ -110,9 +118,7 @@ def _as_problems(
     conversational = bool(getattr(tokenizer, "chat_template", None))
 
     def as_problem(row: dict[str, Any]) -> dict[str, Any]:
-        asked = row[question]
-        if question == "conversations":
-            asked = next(turn["value"] for turn in asked if turn["from"] in ("human", "user"))
+        asked = _first_question(row[question], name) if question == "conversations" else row[question]
         problem = {"prompt": as_prompt(asked, question == "prompt", conversational)}
         if with_answers and answer is not None:
             # Not named `answer`: `map` would cast it back to the type of that column
@@ -122,7 +128,22 @@ def _as_problems(
             problem["teacher_prompt"] = hinted_prompt(problem["prompt"], problem["privileged_context"])
         return problem
 
-    return dataset.map(as_problem, remove_columns=columns)
+    asked = dataset.filter(lambda row: bool(row[question]))
+    if isinstance(dataset, Dataset) and (left_out := len(dataset) - len(asked)):
+        warnings.warn(f"{left_out} rows of {name} have an empty {question!r} and are left out.", stacklevel=2)
+    return asked.map(as_problem, remove_columns=columns)
+
+
+def _first_question(turns: list[dict[str, Any]], name: str) -> str:
+    """Of a conversation in ShareGPT's form, or with roles and contents."""
+    for turn in turns:
+        if turn.get("from", turn.get("role")) in ("human", "user"):
+            return turn["value"] if "value" in turn else turn["content"]
+    keys = ", ".join(map(repr, turns[0]))
+    raise ValueError(
+        f"A row of {name} has no turn of the user in its 'conversations', whose turns have the keys {keys}: write "
+        "them as 'from' and 'value', or as 'role' and 'content'."
+    )
 
 
 def as_prompt(question: Any, finished: bool, conversational: bool) -> Any:
@@ -150,16 +171,27 @@ def hinted_prompt(prompt: Any, hint: str) -> Any:
 def gold_answer(answer: Any) -> str:
     """
     The final answer: what follows `####` in GSM8K's worked solutions, else the whole text; in verl's form the
-    `ground_truth`, the first if there are several. `1,234` becomes `1234`.
+    `ground_truth`, the first if there are several. `1,234` becomes `1234`. Empty where there is none.
     """
     if isinstance(answer, dict):
-        answer = answer["ground_truth"]
-        if isinstance(answer, str) and answer.startswith("["):
-            answer = ast.literal_eval(answer)
-        answer = answer[0] if isinstance(answer, list) else answer
+        answer = _first_of_several(answer["ground_truth"])
+    if answer is None:
+        return ""
     text = str(answer).rsplit("####", 1)[-1].strip()
     number = _as_number(text)
     return text if number is None else f"{number:f}"
+
+
+def _first_of_several(answers: Any) -> Any:
+    """Of a list, or of text that lists texts: `["7", "8"]`. `[1, 2]` and `[0, 1)` are answers themselves."""
+    if isinstance(answers, list):
+        return answers[0]
+    if isinstance(answers, str) and answers.startswith("["):
+        with suppress(ValueError, SyntaxError):
+            listed = ast.literal_eval(answers)
+            if isinstance(listed, list) and listed and all(isinstance(answer, str) for answer in listed):
+                return listed[0]
+    return answers
 
 
 def math_reward(completions: list[Any], gold: list[str], **kwargs: Any) -> list[float | None]:
@@ -174,7 +206,7 @@ def math_reward(completions: list[Any], gold: list[str], **kwargs: Any) -> list[
     if parse is None:
         warnings.warn("Without math-verify only plain numbers are compared: pip install math-verify", stacklevel=2)
     compare = _same_number if parse is None else _same_by_math_verify
-    return [compare(_tidy(text), answer) for text, answer in zip(texts, gold, strict=True)]
+    return [compare(_tidy(text), answer) if answer else None for text, answer in zip(texts, gold, strict=True)]
 
 
 def _tidy(text: str) -> str:

@@ -56,7 +56,7 @@ def rollouts_of(erpd: Run) -> int:
     return int(sum(log.get("fixed_set/rollouts", 0) for log in erpd.log_history))
 
 
-def train_grpo(phases: int, rollouts: int, args: Any, task: Task) -> Policy:
+def train_grpo(phases: int, rollouts: int, args: Any, task: Task, peft_config: Any = None) -> Policy:
     """GRPO with that many rollouts, sampled in `phases` phases; other settings are those of ERPD's run."""
     output_dir = str(Path(args.output_dir) / f"grpo_{phases}_phases")
     micro_batch = GRPO_UPDATE // args.world_size
@@ -92,6 +92,7 @@ def train_grpo(phases: int, rollouts: int, args: Any, task: Task) -> Policy:
         ),
         train_dataset=task.train,
         processing_class=task.tokenizer,
+        peft_config=peft_config,
     )
     name = f"GRPO, {phases} sampling phase{'s' * (phases > 1)}"
     trainer.accelerator.print(name)

@@ -46,7 +46,7 @@ def puzzles(num_held_out: int) -> Task:
         model=path,
         tokenizer=AutoTokenizer.from_pretrained(path, padding_side="left"),
         train=puzzles_as_dataset(data.train, compact=True),
-        held_out=puzzles_as_dataset(data.held_out[:num_held_out], compact=True),
+        held_out=puzzles_as_dataset(data.held_out[:num_held_out], compact=True) if num_held_out else None,
         reward=correct_compact_roles,
         teacher=prepare_policy(puzzle_policy.TEACHER),
     )

@@ -5,6 +5,7 @@ import math
 import pytest
 import tiny
 import torch
+import tropd_runs
 from peft import LoraConfig
 
 from trl_ext import DRPOConfig, DRPOTrainer
@@ -58,6 +59,37 @@ def test_resume_is_exact_at_every_step(path, tmp_path, schedule):
         ):
             assert torch.equal(ours, theirs), f"{name} after resuming at step {step}"
         assert resumed.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
+
+
+@pytest.mark.parametrize("method", ["drpo", "tropd"])
+def test_resume_of_a_mixture_of_experts(tmp_path, method):
+    """Whose experts transformers saves one by one, under names that its trainer does not find in the model."""
+
+    def make(output_dir, **settings):
+        model = tiny.policy(moe=True)
+        if method == "tropd":
+            return tropd_runs.make_trainer(output_dir, model, tiny.policy(moe=True, seed=1), **settings)
+        args = DRPOConfig(**tiny.grpo_settings(output_dir, num_iterations=4, **settings))
+        return DRPOTrainer(model, tiny.digits_reward, args, tiny.prompts(), processing_class=tiny.tokenizer())
+
+    whole = make(tmp_path, save_strategy="steps", save_steps=1)
+    whole.train()
+    resumed = make(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, ours), (_, theirs) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_best_checkpoint_of_a_mixture_of_experts_is_loaded_whole(tmp_path):
+    trainer = tropd_runs.make_trainer(tmp_path, tiny.policy(moe=True), save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    loaded = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
+    for (name, ours), (_, theirs) in zip(trainer.model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_resume_of_an_adapter_and_sampler_logps(path, tmp_path):

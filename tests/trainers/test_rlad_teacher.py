@@ -214,6 +214,14 @@ def test_which_end_tokens_are_foreign(stops, format_ends, student, foreign):
     assert teacher.foreign_ends(student) == foreign
 
 
+def test_a_teacher_of_text_is_refused_where_prompts_have_images(path, tmp_path):
+    """Many text models take any keyword, and would read the places of the images as words."""
+    trainer = make_trainer(path, tmp_path, path)
+    batch = {**rollout_batch(trainer), "pixel_values": torch.zeros(8, 4)}
+    with pytest.raises(ValueError, match=r"reads text only: choose one that reads images"):
+        trainer.teacher.sampled_logps(batch, trainer.score_completions)
+
+
 def test_another_tokenizer_is_refused_before_any_model(path, tmp_path):
     tokenizer = tiny.tokenizer()
     first = tokenizer.convert_tokens_to_ids("a")

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import tropd_runs
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_ext import RLADConfig, RLADTrainer, TrOPDConfig, TrOPDTrainer
 from trl_ext.tropd.objective import completion_loss
@@ -314,6 +314,22 @@ def test_tokens_without_a_score_have_no_top_k_mass(tmp_path):
 def test_temperature_is_refused(path, tmp_path, server):
     with pytest.raises(ValueError, match=r"scores at temperature 1 only.*set it to 1.0"):
         make_trainer(path, tmp_path, server, temperature=0.7)
+
+
+def test_the_served_models_tokenizer_is_loaded_as_the_settings_say(path, tmp_path, server, monkeypatch, caplog):
+    loaded, load = [], AutoConfig.from_pretrained.__func__
+
+    def record(cls, name, **options):
+        loaded.append((options.get("revision"), options.get("trust_remote_code")))
+        return load(cls, name, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", classmethod(record))
+    settings = {"teacher_model_revision": "v2", "trust_remote_code": True, "teacher_model_name_or_path": path}
+    make_trainer(path, tmp_path, server, **settings)
+    assert loaded.count(("v2", True)) >= 2  # to see that it is a language model, and for its vocabulary
+    assert "has no effect" not in caplog.text
+    make_trainer(path, tmp_path, server, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    assert "teacher_model_init_kwargs has no effect on a teacher behind a URL" in caplog.text
 
 
 def test_the_served_models_tokenizer_is_checked_where_it_is_named(path, tmp_path, server):

@@ -224,6 +224,7 @@ def test_evaluation_on_several_datasets(tmp_path):
 def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path):
     trainer = make_trainer(tmp_path, tiny.policy(moe=True), tiny.policy(moe=True, seed=1), trust_region="expected")
     assert trainer.aux_loss_enabled
+    micro_batches(trainer, 8, 8)  # generate() cannot compute it
     hash_rollouts(trainer)
     batches = micro_batches(trainer, 8, 8)
     with_aux, _ = gradient(trainer, batches)

@@ -14,6 +14,8 @@ from trl_ext.teacher.model import ModelTeacher
 
 logger = get_logger(__name__)
 
+LOADING = ("teacher_model_init_kwargs", "teacher_model_revision")
+
 
 def make_teacher(teacher: Any, student: Any, args: Any, trainer: str, peft_config: Any = None) -> Teacher:
     """
@@ -38,6 +40,9 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str, peft_confi
             f"{trainer} needs a teacher: pass teacher_model=..., or set teacher_model_name_or_path or "
             "teacher_model_server_url."
         )
+    init_kwargs = {"trust_remote_code": args.trust_remote_code}
+    if args.teacher_model_revision is not None:
+        init_kwargs["revision"] = args.teacher_model_revision
     served = isinstance(teacher, str) and teacher.startswith(("http://", "https://"))
     named = {"teacher_model_server_url": args.teacher_model_server_url}
     if not served:  # it names a server's tokenizer
@@ -59,8 +64,9 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str, peft_confi
         _warn_of_unused_loading(args, "on a teacher that is loaded already", "pass its name instead")
         return ModelTeacher(teacher, {"trust_remote_code": args.trust_remote_code})
     if served:
-        _warn_of_unused_loading(args, "on a teacher behind a URL", "load the teacher here")
-        return _server_teacher(teacher, args)
+        names = ("teacher_model_init_kwargs",)
+        _warn_of_unused_loading(args, "on a teacher behind a URL", "load the teacher here", names)
+        return _server_teacher(teacher, args, init_kwargs)
     has_adapter = not isinstance(student, str) and is_peft_model(student)
     is_adapter = has_adapter and teacher in student.peft_config
     if is_adapter or teacher == "base":
@@ -71,16 +77,14 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str, peft_confi
             )
         _warn_of_unused_loading(args, "on a teacher that is the student's own model", "pass the name of another")
         return AdapterTeacher(student, teacher if is_adapter else None)
-    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-    if args.teacher_model_revision is not None:
-        init_kwargs["revision"] = args.teacher_model_revision
     adapters = ", ".join(map(repr, getattr(student, "peft_config", ())))
+    init_kwargs |= args.teacher_model_init_kwargs or {}
     return ModelTeacher(
         teacher, init_kwargs, f", the name of one of the student's adapters ({adapters})" * bool(adapters)
     )
 
 
-def _server_teacher(url: str, args: Any) -> Teacher:
+def _server_teacher(url: str, args: Any, init_kwargs: dict[str, Any]) -> Teacher:
     try:
         from trl_ext.teacher.server import ServerTeacher
     except ImportError as error:
@@ -90,11 +94,11 @@ def _server_teacher(url: str, args: Any) -> Teacher:
             f"The teacher server {url} scores at temperature 1 only (vLLM's prompt log-probabilities have no other) "
             f"and cannot judge samples at temperature={args.temperature}: set it to 1.0, or load the teacher here."
         )
-    return ServerTeacher(url, args.teacher_model_name_or_path, args.teacher_server_timeout)
+    return ServerTeacher(url, args.teacher_model_name_or_path, args.teacher_server_timeout, init_kwargs)
 
 
-def _warn_of_unused_loading(args: Any, where: str, instead: str) -> None:
-    if changed := changed_settings(args, ("teacher_model_init_kwargs", "teacher_model_revision")):
+def _warn_of_unused_loading(args: Any, where: str, instead: str, names: tuple[str, ...] = LOADING) -> None:
+    if changed := changed_settings(args, names):
         settings = " and ".join(changed)
         logger.warning(f"{settings} has no effect {where}: remove it, or {instead}.")
 

@@ -1,5 +1,6 @@
 """A teacher that is a model of its own: loaded already, or to be loaded from a hub name or path."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -46,6 +47,8 @@ class ModelTeacher(Teacher):
         alternatives (`str`, *optional*, defaults to `""`):
             For the message where nothing can be loaded: what else the name could have meant.
     """
+
+    reads_images = True  # an adapter on the student as much as the student
 
     def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None, alternatives: str = "") -> None:
         init_kwargs = dict(init_kwargs or {})
@@ -153,6 +156,7 @@ class ModelTeacher(Teacher):
                 f"The teacher {self.name} has a vocabulary of {teacher_size} and cannot score the student's, of "
                 f"{student_size}: choose a teacher of the student's model family."
             )
+        self.reads_images = reads_images(model.get_base_model() if is_peft_model(model) else model)
         model.requires_grad_(False)
         model.eval()
         add_fused_lm_head(
@@ -176,6 +180,10 @@ class ModelTeacher(Teacher):
             yield self.model
 
     def sampled_logps(self, batch: dict[str, Any], score: Score) -> torch.Tensor:
+        if "pixel_values" in batch and not self.reads_images:  # it would take their places for words
+            raise ValueError(
+                f"The prompts have images, but the teacher {self.name} reads text only: choose one that reads images."
+            )
         batch, unknown = self._known_tokens(batch)
         with self.scoring() as model:
             return score(model, batch).masked_fill(unknown, float("-inf"))
@@ -205,3 +213,8 @@ class ModelTeacher(Teacher):
         unknown = batch["completion_ids"] >= self.vocab_size
         known = {name: batch[name].clamp(max=self.vocab_size - 1) for name in ("prompt_ids", "completion_ids")}
         return {**batch, **known}, unknown
+
+
+def reads_images(model: Any) -> bool:
+    """Whether its forward takes images. Some text models take any keyword, and ignore it."""
+    return "pixel_values" in inspect.signature(type(model).forward).parameters

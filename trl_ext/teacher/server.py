@@ -78,15 +78,24 @@ class ServerTeacher(Teacher):
             server reports.
         timeout (`float`, defaults to `240.0`):
             Seconds to wait for the server at the start, and for each answer.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            `revision` and `trust_remote_code`, with which its tokenizer and configuration are loaded here.
     """
 
     scores_every_token = False
     is_local = False
 
-    def __init__(self, url: str, tokenizer_name: str | None = None, timeout: float = 240.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        tokenizer_name: str | None = None,
+        timeout: float = 240.0,
+        init_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         self.name = self.url = url.rstrip("/").removesuffix("/v1")
         self.tokenizer_name = tokenizer_name
         self.timeout = timeout
+        self.init_kwargs = init_kwargs or {}
         self.vocab_size: int | None = None
         self.max_length: int | None = None
         self._client: _Client | None = None
@@ -107,10 +116,11 @@ class ServerTeacher(Teacher):
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         reported = self.client.served.get("root") or self.client.served["id"]
-        served = ModelTeacher(self.tokenizer_name or reported)
+        served = ModelTeacher(self.tokenizer_name or reported, self.init_kwargs)
         try:
             tokenizer = served.tokenizer()
-            self.vocab_size = AutoConfig.from_pretrained(served.source).get_text_config().vocab_size
+            config = AutoConfig.from_pretrained(served.source, **self.init_kwargs)
+            self.vocab_size = config.get_text_config().vocab_size
         except (OSError, ValueError) as error:
             if self.tokenizer_name is not None:
                 raise

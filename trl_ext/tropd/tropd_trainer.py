@@ -179,6 +179,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        if self.aux_loss_enabled:  # generate() fails with what SFTTrainer has set, and the loss asks for them itself
+            self.model.config.get_text_config().output_router_logits = False
         check_sharded_adapter(self, fused_head=False)
         report_after_diagnostics(self.callback_handler)
         parallelism = self.accelerator.parallelism_config
