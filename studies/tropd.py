@@ -69,10 +69,13 @@ def runs(
 
 
 BOTH, FORWARD_KL, OPD, JSD = both(-1.0, 1.0), outliers("forward_kl"), objective("opd"), gkd(0.5)
+EVERYWHERE = outliers("forward_kl_everywhere_and_clip", -1.0, 1.0)
 GUIDED = both(-1.0, 1.0, guidance="teacher")
 METHODS: dict[str, Method] = {
     "TrOPD, forward KL and clip at -1": BOTH,
     "TrOPD, forward KL and clip at -1, guided by the teacher": GUIDED,
+    "TrOPD, forward KL on every token and clip at -1": EVERYWHERE,
+    'forward KL on every token (`objective="forward_kl"`)': objective("forward_kl"),
     "TrOPD, forward KL and clip at -2": both(-2.0, 1.0),
     "TrOPD, forward KL and 2 x clip at -1": both(-1.0, 2.0),
     "TrOPD, forward KL and 0.3 x clip at -1": both(-1.0, 0.3),
@@ -88,6 +91,8 @@ METHODS: dict[str, Method] = {
     "GKD, reverse KL": gkd(1.0),
 }
 FINALISTS = [BOTH, FORWARD_KL, OPD, JSD]
+# The forward KL on every token: beside TrOPD's other terms, and alone
+NEWER = [EVERYWHERE, objective("forward_kl")]
 SHORT: dict[str, Any] = {"updates": FEWER_UPDATES, "final": False, "group": "search"}
 SEARCH = [
     *runs([BOTH, both(-2.0, 1.0), both(-3.0, 1.0), both(-2.0, 0.3), FORWARD_KL, OPD], FEWER_UPDATES, **SHORT),
@@ -122,7 +127,7 @@ NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
     *SEARCH,
     *runs([BASE], PAIRS, NO_UPDATES, copy="second", group="final"),
-    *with_seeds(runs([*FINALISTS, GUIDED], PAIRS, copy="second", group="final"), range(5)),
+    *with_seeds(runs([*FINALISTS, GUIDED, *NEWER], PAIRS, copy="second", group="final"), range(5)),
     *runs(SINGLE_CHANGES.values(), FEWER_UPDATES, copy="second", group="changes"),
     *with_seeds(runs(COEFFICIENTS.values(), PAIRS, copy="second", group="coefficients", final=False), (0, 1)),
     *with_seeds(runs(OTHERS, PAIRS, copy="second", group="others"), (0, 1)),

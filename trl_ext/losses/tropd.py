@@ -1,5 +1,5 @@
 r"""
-Losses of on-policy distillation: TrOPD, and the baselines OPD, EOPD and REOPOLD.
+Losses of on-policy distillation: TrOPD, and the baselines OPD, the forward KL divergence, EOPD and REOPOLD.
 
 Notation, per token of the student's own rollouts, in nats: \\( S = \log \pi_S(x) \\) of the student (differentiable),
 \\( T = \log \pi_T(x) \\) of the teacher (constant), \\( R = T - S \\) the reward (detached), \\( V_k \\) the teacher's
@@ -57,9 +57,11 @@ class OutlierTerms(NamedTuple):
 
     forward_kl: bool  # the forward KL divergence on the teacher's top-k, differentiated
     clip: bool  # the policy gradient of the reward with a floor
+    everywhere: bool = False  # whether the forward KL is on every token, and not on outliers alone
 
 
 OUTLIER_LOSSES = {
+    "forward_kl_everywhere_and_clip": OutlierTerms(forward_kl=True, clip=True, everywhere=True),
     "forward_kl": OutlierTerms(forward_kl=True, clip=False),
     "clip": OutlierTerms(forward_kl=False, clip=True),
     "forward_kl_and_clip": OutlierTerms(forward_kl=True, clip=True),
@@ -94,6 +96,7 @@ def tropd_loss(
     - `"clip"`: \\( -c \max(R, \tau) \\), as a policy gradient. The paper gives no \\( \tau \\) and has
       \\( c = 1 \\).
     - `"forward_kl_and_clip"`: the sum of these two, which is ours and not the paper's.
+    - `"forward_kl_everywhere_and_clip"`: `"clip"`, and \\( F \\) on every token, whatever \\( M \\) is; ours too.
     - `"mask"`: 0.
 
     **Why the sum.** The gradient of each outlier is
@@ -135,9 +138,10 @@ def tropd_loss(
     if terms.forward_kl:
         if top_k_logps is None or teacher_top_k_logps is None:
             raise ValueError(f"outlier_loss={outlier_loss!r} needs top_k_logps and teacher_top_k_logps: pass both.")
+        scope = mask.to(outlier.dtype) if terms.everywhere else outlier
         # `masked`, not only a product: a trusted token has no gradient even where a top-k log-probability is -inf
-        forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), outlier > 0)
-        loss = loss + outlier * forward_kl
+        forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), scope > 0)
+        loss = loss + scope * forward_kl
         metrics["outliers/forward_kl"] = (forward_kl.detach(), outlier)
     if terms.clip:
         loss = loss + clip_coef * outlier * _policy_gradient(reward.clamp(min=clip_floor), logps, mask)
@@ -193,6 +197,31 @@ def off_policy_loss(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor
     """
     forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), mask.bool())
     return TokenLoss(forward_kl, {"off_policy/forward_kl": forward_kl.detach()})
+
+
+def forward_kl_loss(
+    logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    top_k_logps: torch.Tensor,
+    teacher_top_k_logps: torch.Tensor,
+) -> TokenLoss:
+    r"""
+    The forward KL divergence on the student's own tokens, differentiated: that of GKD
+    ([2306.13649](https://huggingface.co/papers/2306.13649)) with `beta=0` and `lmbda=1`, on the teacher's top-k,
+
+    $$ L = \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) $$
+
+    Args:
+        logps, teacher_logps, mask:
+            As in `opd_loss`. They are not differentiated.
+        top_k_logps, teacher_top_k_logps (`torch.Tensor` of shape `(batch, time, k)`):
+            As in `tropd_loss`.
+    """
+    _, reward, mask = _reward(logps, teacher_logps, mask)
+    forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), mask)
+    return TokenLoss(forward_kl, _metrics(reward) | {"teacher/forward_kl": forward_kl.detach()})
 
 
 def eopd_loss(

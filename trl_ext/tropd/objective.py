@@ -15,6 +15,7 @@ from trl_ext.losses import (
     OUTLIER_LOSSES,
     TokenLoss,
     eopd_loss,
+    forward_kl_loss,
     guidance_loss,
     off_policy_loss,
     opd_loss,
@@ -74,6 +75,7 @@ OBJECTIVES: dict[str, Objective] = {
         other_settings=("trust_region",),
     ),
     "opd": Objective(opd_loss, "the sampled reverse KL on every token"),
+    "forward_kl": Objective(forward_kl_loss, "GKD's forward KL on every token", top_k="outlier_top_k"),
     "eopd": Objective(
         eopd_loss,
         "OPD and a forward KL where the teacher is uncertain",
