@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from trl.experimental.gkd import GKDTrainer
 
 from trl_ext.losses import (
     OUTLIER_LOSSES,
     eopd_loss,
+    forward_kl_loss,
     forward_kl_top_k,
     guidance_loss,
     least_of_top_share,
@@ -121,6 +123,68 @@ def test_tropd_by_hand():
     assert first(draws=above, clip_coef=0.3, **both) == pytest.approx(forward_kl + 0.3 * 0.5)
     assert first(clip_coef=0.3, **both) == pytest.approx(0.5 * math.log(2) + 0.5 * (forward_kl + 0.3 * 0.5))
     assert first(draws=below, **both) == pytest.approx(math.log(2))
+
+
+def test_forward_kl_everywhere_by_hand():
+    """On a trusted token too, beside its reward."""
+    columns = {
+        "top_k_logps": torch.stack([logs(0.5, 0.2), logs(0.1, 0.2)], dim=-1),
+        "teacher_top_k_logps": torch.stack([logs(0.6, 0.4), logs(0.3, 0.1)], dim=-1),
+    }
+    arguments = (logs(0.5, 0.2), logs(0.25, 0.4), torch.ones(1, 2))
+    settings = {"outlier_loss": "forward_kl_everywhere_and_clip", "clip_floor": -0.5, "clip_coef": 0.3}
+    # And what is left as one more token: of 1 - 0.6 - 0.3 and 1 - 0.5 - 0.1, of 1 - 0.4 - 0.1 and 1 - 0.2 - 0.2
+    first = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.1) + 0.1 * math.log(0.1 / 0.4)
+    second = 0.4 * math.log(0.4 / 0.2) + 0.1 * math.log(0.1 / 0.2) + 0.5 * math.log(0.5 / 0.6)
+    token_loss = tropd_loss(*arguments, **columns, **settings)
+    expected = [0.5 * math.log(2) + 0.5 * 0.3 * 0.5 + first, -math.log(2) + second]
+    assert token_loss.loss[0].tolist() == pytest.approx(expected)
+    values, weights = token_loss.metrics["outliers/forward_kl"]  # of the outliers alone
+    assert (values[0, 0].item(), weights.tolist()) == (pytest.approx(first), [[0.5, 0.0]])
+    alone = forward_kl_loss(*arguments, **columns)
+    assert alone.loss[0].tolist() == pytest.approx([first, second])
+    assert alone.metrics["teacher/forward_kl"][0].tolist() == pytest.approx([first, second])
+
+
+def test_the_forward_kl_is_that_of_gkd():
+    """With `beta=0`, on the whole vocabulary: values and gradients, of tokens that are masked too."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher_logits = torch.randn(2, 3, 7, VOCABULARY, generator=generator, dtype=torch.float64)
+    mask = torch.rand(3, 7, generator=generator) > 0.3
+    logits.requires_grad_()
+    labels = torch.where(mask, 1, -100)
+    theirs = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, labels=labels, beta=0)
+    logps, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    loss = forward_kl_loss(
+        logps[..., 0], teacher[..., 0], mask, top_k_logps=logps, teacher_top_k_logps=teacher
+    ).loss.sum()
+    torch.testing.assert_close(loss / mask.sum(), theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss / mask.sum(), logits)[0], torch.autograd.grad(theirs, logits)[0]
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, VOCABULARY])
+def test_the_forward_kl_everywhere_has_the_gradient_of_its_docstring(k):
+    """That of the KL divergence between distributions over the top-k and one token that stands for all others."""
+    logits, logps, teacher = every_token()
+    student_columns, teacher_columns = top_k(logps, teacher, k)
+    token_loss = forward_kl_loss(
+        logps[None], teacher[None], ONES, top_k_logps=student_columns, teacher_top_k_logps=teacher_columns
+    )
+    ids = teacher.topk(k).indices
+
+    def merged(logps):
+        others = torch.ones(VOCABULARY, dtype=torch.bool)
+        others[ids] = False
+        probabilities = logps.exp()
+        return torch.cat([probabilities[ids], probabilities[others].sum()[None]])[: k + (k < VOCABULARY)]
+
+    p, q = merged(teacher), merged(logps)
+    expected = (p * (p.log() - q.log())).sum()
+    torch.testing.assert_close(token_loss.loss[0, 0], expected)
+    ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (token_loss.loss[0, 0], expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_metrics_by_hand():
@@ -337,6 +401,8 @@ def every_loss():
         "tropd clip": tropd(outlier_loss="clip"),
         "tropd both": tropd(outlier_loss="forward_kl_and_clip"),
         "tropd both sampled": tropd(outlier_loss="forward_kl_and_clip", draws=torch.full((1, 4), 0.5)),
+        "tropd everywhere": tropd(outlier_loss="forward_kl_everywhere_and_clip", draws=torch.full((1, 4), 0.5)),
+        "forward kl": lambda s, t, m, c, tc: forward_kl_loss(s, t, m, top_k_logps=c, teacher_top_k_logps=tc),
         "opd": lambda s, t, m, c, tc: opd_loss(s, t, m),
         "eopd": lambda s, t, m, c, tc: eopd_loss(
             s, t, m, top_k_logps=c, teacher_top_k_logps=tc, teacher_entropy=torch.ones(1, 4)
@@ -355,11 +421,13 @@ def test_hostile_values(name):
     teacher_columns = torch.tensor([[[-0.1, -9.0], [-0.1, -infinity], [-0.1, nan], [nan, nan]]])
     loss = every_loss()[name](logps, teacher, torch.tensor([[1, 1, 1, 0]]), columns, teacher_columns).loss
     loss.sum().backward()
+    assert (logps.grad is None) == (name == "forward kl")
+    gradient = torch.zeros(1, 4) if logps.grad is None else logps.grad
     assert loss.isfinite().all()
-    assert logps.grad.isfinite().all()
+    assert gradient.isfinite().all()
     assert columns.grad is None or columns.grad[:, :3].isfinite().all()
     assert loss[0, 3] == 0
-    assert logps.grad[0, 3] == 0
+    assert gradient[0, 3] == 0
     assert columns.grad is None or columns.grad[0, 3].abs().sum() == 0
     assert loss[0, 2] == 0  # a token without a teacher score
 
@@ -372,7 +440,7 @@ def test_nothing_to_train_on(name):
     loss = every_loss()[name](*arguments).loss
     loss.sum().backward()
     assert loss.abs().sum() == 0
-    assert logps.grad.abs().sum() == 0
+    assert all(x.grad is None or x.grad.abs().sum() == 0 for x in (logps, columns))
 
 
 def test_a_nan_of_the_student_is_not_hidden():

@@ -10,6 +10,7 @@ from trl_ext.losses import (
     dppo_loss,
     drpo_loss,
     eopd_loss,
+    forward_kl_loss,
     guidance_loss,
     kdrl_penalty,
     off_policy_loss,
@@ -74,6 +75,10 @@ LOSSES: dict[str, Callable[[Inputs], TokenLoss]] = {
     "tropd_expected": lambda x: tropd_loss(
         x.logps, x.teacher, x.mask, outlier_loss="forward_kl_and_clip", **_top_k(x)
     ),
+    "tropd_everywhere": lambda x: tropd_loss(
+        x.logps, x.teacher, x.mask, outlier_loss="forward_kl_everywhere_and_clip", draws=x.draws, **_top_k(x)
+    ),
+    "forward_kl": lambda x: forward_kl_loss(x.logps, x.teacher, x.mask, **_top_k(x)),
     "guidance": lambda x: guidance_loss(x.logps, x.mask),
     "off_policy": lambda x: off_policy_loss(x.top_k, x.teacher_top_k, x.mask),
     "eopd": lambda x: eopd_loss(x.logps, x.teacher, x.mask, teacher_entropy=x.teacher_entropy, **_top_k(x)),

@@ -19,6 +19,7 @@ from trl_ext import TrOPDConfig, TrOPDTrainer
 from trl_ext.losses import (
     TokenLoss,
     eopd_loss,
+    forward_kl_loss,
     least_of_top_share,
     opd_loss,
     reopold_loss,
@@ -33,6 +34,9 @@ def direct(name, logps, batch, entropy, **settings):
     columns = {"top_k_logps": logps[..., 1:], "teacher_top_k_logps": batch.get("top_k_logps")}
     if name == "tropd":
         return tropd_loss(*arguments, **columns, draws=batch["draws"], **settings)
+    if name == "forward_kl":
+        k = settings.pop("k")
+        return forward_kl_loss(*arguments, **{name: value[..., :k] for name, value in columns.items()})
     if name == "eopd":
         k = settings.pop("k")
         columns = {name: value[..., :k] for name, value in columns.items()}
@@ -50,6 +54,12 @@ def direct(name, logps, batch, entropy, **settings):
         ("tropd", {"outlier_loss": "mask"}, {"outlier_loss": "mask"}),
         ("tropd", {"outlier_loss": "forward_kl"}, {"outlier_loss": "forward_kl"}),
         ("tropd", {}, {"outlier_loss": "forward_kl_and_clip", "clip_floor": -1.0, "clip_coef": 1.0}),
+        (
+            "tropd",
+            {"outlier_loss": "forward_kl_everywhere_and_clip", "outlier_clip_coef": 0.3},
+            {"outlier_loss": "forward_kl_everywhere_and_clip", "clip_floor": -1.0, "clip_coef": 0.3},
+        ),
+        ("forward_kl", {"outlier_top_k": 3}, {"k": 3}),
         ("eopd", {"eopd_top_k": 3, "eopd_entropy_threshold": 3.3}, {"k": 3, "entropy_threshold": 3.3}),
         (
             "reopold",
@@ -113,7 +123,10 @@ def test_processes_average_their_gradients(tmp_path, monkeypatch, processes):
     ("overrides", "message"),
     [
         ({"objective": "ppo"}, "objective='ppo' is unknown: set it to one of 'tropd', 'opd'"),
-        ({"outlier_loss": "jsd"}, "'forward_kl', 'clip', 'forward_kl_and_clip', 'mask'"),
+        (
+            {"outlier_loss": "jsd"},
+            "'forward_kl_everywhere_and_clip', 'forward_kl', 'clip', 'forward_kl_and_clip'",
+        ),
         ({"outlier_top_k": 0}, "set it to 1 or more"),
         ({"num_generations": 0}, "set it to 1 or more"),
         ({"guidance_share": 1.5}, "set it between 0 and 1"),

@@ -24,7 +24,7 @@ from trl_ext import TrOPDTrainer, next_token
 from trl_ext.losses import forward_kl_top_k
 
 
-@pytest.mark.parametrize("objective", ["tropd", "opd", "eopd", "reopold"])
+@pytest.mark.parametrize("objective", ["tropd", "opd", "forward_kl", "eopd", "reopold"])
 def test_training_moves_every_parameter_and_logs(tmp_path, objective):
     trainer = make_trainer(tmp_path, objective=objective)
     start = copy.deepcopy(trainer.model)
@@ -35,6 +35,7 @@ def test_training_moves_every_parameter_and_logs(tmp_path, objective):
     own = {
         "tropd": {"outliers/share", "outliers/forward_kl", "teacher/top_k_mass"},
         "opd": set(),
+        "forward_kl": {"teacher/forward_kl", "teacher/top_k_mass"},
         "eopd": {"uncertain/share", "uncertain/forward_kl", "teacher/top_k_mass"},
         "reopold": {"floored/share"},
     }

@@ -127,7 +127,7 @@ OWN = {
         ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, "set it to 'adamw_torch_fused'"),
     ],
     "tropd": [
-        ({"objective": "gkd"}, "set it to one of 'tropd', 'opd', 'eopd', 'reopold'"),
+        ({"objective": "gkd"}, "set it to one of 'tropd', 'opd', 'forward_kl', 'eopd', 'reopold'"),
         ({"objective": None}, "set it to a string"),
         ({"lmbda": 1.5}, r"range \[0.0, 1.0\]|between 0 and 1"),
         ({"lmbda": "1"}, "lmbda='1' has the wrong type"),
@@ -135,7 +135,7 @@ OWN = {
         ({"num_generations": 0}, "set it to 1 or more"),
         ({"num_generations": 1.5}, "set it to a whole number"),
         ({"trust_region": "drpo"}, "set it to one of 'sampled', 'expected'"),
-        ({"outlier_loss": "kl"}, "set it to one of 'forward_kl', 'clip'"),
+        ({"outlier_loss": "kl"}, "set it to one of 'forward_kl_everywhere_and_clip', 'forward_kl', 'clip'"),
         ({"outlier_top_k": 0}, "set it to 1 or more"),
         ({"outlier_top_k": "64"}, "set it to a whole number"),
         ({"outlier_clip_floor": 1.0}, "set it to 0 nats or less"),

@@ -96,7 +96,8 @@ def tropd_loss(
     - `"clip"`: \\( -c \max(R, \tau) \\), as a policy gradient. The paper gives no \\( \tau \\) and has
       \\( c = 1 \\).
     - `"forward_kl_and_clip"`: the sum of these two, which is ours and not the paper's.
-    - `"forward_kl_everywhere_and_clip"`: `"clip"`, and \\( F \\) on every token, whatever \\( M \\) is; ours too.
+    - `"forward_kl_everywhere_and_clip"`: `"clip"`, and \\( F \\) on every token, whatever \\( M \\) is, with the
+      other tokens as one more (see `forward_kl_top_k`); ours too.
     - `"mask"`: 0.
 
     **Why the sum.** The gradient of each outlier is
@@ -140,7 +141,8 @@ def tropd_loss(
             raise ValueError(f"outlier_loss={outlier_loss!r} needs top_k_logps and teacher_top_k_logps: pass both.")
         scope = mask.to(outlier.dtype) if terms.everywhere else outlier
         # `masked`, not only a product: a trusted token has no gradient even where a top-k log-probability is -inf
-        forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), scope > 0)
+        forward_kl = forward_kl_top_k(top_k_logps, teacher_top_k_logps, with_tail=terms.everywhere)
+        forward_kl = masked(forward_kl, scope > 0)
         loss = loss + scope * forward_kl
         metrics["outliers/forward_kl"] = (forward_kl.detach(), outlier)
     if terms.clip:
@@ -211,7 +213,9 @@ def forward_kl_loss(
     The forward KL divergence on the student's own tokens, differentiated: that of GKD
     ([2306.13649](https://huggingface.co/papers/2306.13649)) with `beta=0` and `lmbda=1`, on the teacher's top-k,
 
-    $$ L = \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) $$
+    $$ L = \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) + (1 - m_T) \log \frac{1 - m_T}{1 - m_S} $$
+
+    The last term is that of all other tokens together, see `forward_kl_top_k`.
 
     Args:
         logps, teacher_logps, mask:
@@ -220,7 +224,7 @@ def forward_kl_loss(
             As in `tropd_loss`.
     """
     _, reward, mask = _reward(logps, teacher_logps, mask)
-    forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), mask)
+    forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps, with_tail=True), mask)
     return TokenLoss(forward_kl, _metrics(reward) | {"teacher/forward_kl": forward_kl.detach()})
 
 
@@ -314,16 +318,34 @@ def least_of_top_share(entropies: torch.Tensor, share: float) -> torch.Tensor:
     return ordered.gather(0, place[None])[0]
 
 
-def forward_kl_top_k(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor) -> torch.Tensor:
+def forward_kl_top_k(
+    top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor, with_tail: bool = False
+) -> torch.Tensor:
     r"""
     \\( \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) \\) of shape `(batch, time)`, in nats.
 
     Differentiable in the student's `top_k_logps`. Both of shape `(batch, time, k)`; a teacher's -inf or NaN adds 0.
+
+    `with_tail` adds what is left of both, as one more token: \\( (1 - m_T) (\log(1 - m_T) - \log(1 - m_S)) \\) with
+    \\( m = \sum_{V_k} \pi(v) \\). Without it the gradient is not 0 where the student equals its teacher, but moves
+    probability into \\( V_k \\).
     """
-    teacher = at_least_float32(teacher_top_k_logps).detach()
+    teacher, student = at_least_float32(teacher_top_k_logps).detach(), at_least_float32(top_k_logps)
     known = teacher.isfinite()
-    difference = torch.where(known, teacher - at_least_float32(top_k_logps), 0.0)
-    return (torch.where(known, teacher, float("-inf")).exp() * difference).sum(-1)
+    teacher_probabilities = torch.where(known, teacher, float("-inf")).exp()
+    forward_kl = (teacher_probabilities * torch.where(known, teacher - student, 0.0)).sum(-1)
+    if with_tail:
+        least = torch.finfo(torch.float32).eps  # what rounding leaves of a mass of 1
+        left, students = (_left(torch.where(known, logps, float("-inf"))) for logps in (teacher, student))
+        tail = left * (left.clamp(min=least).log() - students.clamp(min=least).log())
+        forward_kl = forward_kl + masked(tail, left > least)
+    return forward_kl
+
+
+def _left(logps: torch.Tensor) -> torch.Tensor:
+    """1 minus the probabilities in the last dimension, the greatest first, because 1 minus it can be exact."""
+    greatest, place = logps.max(-1, keepdim=True)
+    return -torch.expm1(greatest.squeeze(-1)) - logps.scatter(-1, place, float("-inf")).exp().sum(-1)
 
 
 def _reward(
