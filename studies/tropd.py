@@ -38,6 +38,10 @@ def both(floor: float, coef: float, **others: Any) -> Method:
     return outliers("forward_kl_and_clip", floor, coef, **others)
 
 
+def everywhere(floor: float, coef: float, **others: Any) -> Method:
+    return outliers("forward_kl_everywhere_and_clip", floor, coef, **others)
+
+
 def objective(name: str) -> Method:
     return "tropd", {"objective": name}
 
@@ -69,13 +73,14 @@ def runs(
 
 
 BOTH, FORWARD_KL, OPD, JSD = both(-1.0, 1.0), outliers("forward_kl"), objective("opd"), gkd(0.5)
-EVERYWHERE = outliers("forward_kl_everywhere_and_clip", -1.0, 1.0)
+EVERYWHERE = everywhere(-1.0, 1.0)
+GUIDED_EVERYWHERE = everywhere(-1.0, 1.0, guidance="teacher")
 GUIDED = both(-1.0, 1.0, guidance="teacher")
 METHODS: dict[str, Method] = {
+    "TrOPD, forward KL everywhere and clip at -1": EVERYWHERE,
+    "TrOPD, forward KL everywhere and clip at -1, guided by the teacher": GUIDED_EVERYWHERE,
     "TrOPD, forward KL and clip at -1": BOTH,
     "TrOPD, forward KL and clip at -1, guided by the teacher": GUIDED,
-    "TrOPD, forward KL on every token and clip at -1": EVERYWHERE,
-    'forward KL on every token (`objective="forward_kl"`)': objective("forward_kl"),
     "TrOPD, forward KL and clip at -2": both(-2.0, 1.0),
     "TrOPD, forward KL and 2 x clip at -1": both(-1.0, 2.0),
     "TrOPD, forward KL and 0.3 x clip at -1": both(-1.0, 0.3),
@@ -83,6 +88,7 @@ METHODS: dict[str, Method] = {
     "TrOPD, forward KL (the paper's)": FORWARD_KL,
     "TrOPD, clip at -1": outliers("clip", -1.0),
     "TrOPD, clip at -5": outliers("clip", -5.0),
+    "forward KL everywhere": objective("forward_kl"),
     "OPD": OPD,
     "EOPD": objective("eopd"),
     "REOPOLD": objective("reopold"),
@@ -101,7 +107,7 @@ SEARCH = [
 SEARCHED_RATES = (0.3, 1.0, 3.0)  # times the pair's, on the validation problems
 # One change each of the default: how many of the teacher's tokens (of 16), and the guidance's length over the run
 SINGLE_CHANGES: dict[str, Method] = {
-    "the default": BOTH,
+    "`forward_kl_and_clip`": BOTH,
     "`outlier_top_k=1`": both(-1.0, 1.0, outlier_top_k=1),
     "`outlier_top_k=4`": both(-1.0, 1.0, outlier_top_k=4),
     "guided by the teacher": GUIDED,
@@ -110,7 +116,7 @@ SINGLE_CHANGES: dict[str, Method] = {
 }
 # On the validation problems of all three pairs, with the full number of updates and two seeds
 COEFFICIENTS: dict[str, Method] = {
-    "clip at -1 (the default)": BOTH,
+    "clip at -1": BOTH,
     "clip at -0.5": both(-0.5, 1.0),
     "clip at -2": both(-2.0, 1.0),
     "0.3 x clip at -1": both(-1.0, 0.3),
@@ -122,6 +128,14 @@ COEFFICIENTS: dict[str, Method] = {
 }
 # Beside the finalists, with fewer seeds
 OTHERS = [objective("eopd"), objective("reopold"), gkd(0.0), gkd(1.0)]
+# The same around the forward KL on every token
+AROUND_EVERYWHERE: dict[str, Method] = {
+    "clip at -1 (the default)": EVERYWHERE,
+    "clip at -2": everywhere(-2.0, 1.0),
+    "clip at -5": everywhere(-5.0, 1.0),
+    "0.3 x clip at -1": everywhere(-1.0, 0.3),
+    "clip at -1, expected region": everywhere(-1.0, 1.0, trust_region="expected"),
+}
 BASE: Method = "tropd", {"objective": "opd"}  # 0 updates
 NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
@@ -130,7 +144,8 @@ RUNS = [
     *with_seeds(runs([*FINALISTS, GUIDED, *NEWER], PAIRS, copy="second", group="final"), range(5)),
     *runs(SINGLE_CHANGES.values(), FEWER_UPDATES, copy="second", group="changes"),
     *with_seeds(runs(COEFFICIENTS.values(), PAIRS, copy="second", group="coefficients", final=False), (0, 1)),
-    *with_seeds(runs(OTHERS, PAIRS, copy="second", group="others"), (0, 1)),
+    *with_seeds(runs([*OTHERS, GUIDED_EVERYWHERE], PAIRS, copy="second", group="others"), (0, 1)),
+    *runs(AROUND_EVERYWHERE.values(), PAIRS, copy="second", group="around", final=False),
     *[
         run
         for times in SEARCHED_RATES
@@ -179,12 +194,15 @@ def search() -> str:
 def coefficients() -> str:
     """Accuracy on the validation problems, of as many seeds as there are."""
     lines = []
-    for name, method in {**COEFFICIENTS, "forward KL alone (the paper's)": FORWARD_KL, "OPD": OPD}.items():
+    rows = {f"forward KL everywhere, {name}": method for name, method in AROUND_EVERYWHERE.items()}
+    rows |= {f"forward KL on outliers, {name}": method for name, method in COEFFICIENTS.items()}
+    rows |= {"forward KL everywhere": objective("forward_kl"), "forward KL on outliers (the paper's)": FORWARD_KL}
+    for name, method in {**rows, "OPD": OPD}.items():
         found = [summary("tropd", runs([method], (pair,), copy="second")[0], "validation") for pair in PAIRS]
         cells = [each.spread("accuracy", "validation") if each else "" for each in found]
         cells += [each.spread("accuracy_greedy", "validation") if each else "" for each in found[-1:]]
         lines.append([name, *cells])
-    return markdown_table(["on outliers", *(f"`{pair}`" for pair in PAIRS), "`otherwise`, greedy"], lines)
+    return markdown_table(["terms", *(f"`{pair}`" for pair in PAIRS), "`otherwise`, greedy"], lines)
 
 
 def rates() -> str:
@@ -205,19 +223,26 @@ def rates() -> str:
 
 
 def short(name: str) -> str:
-    """For a picture, where `both` is the forward KL and the clip."""
-    return name.replace("forward KL and clip", "both").replace(" by the teacher", "").split(" (")[0]
+    """For a picture, where `all` is the forward KL everywhere and the clip, and `both` is these on outliers."""
+    name = name.replace("forward KL everywhere and clip", "all").replace("forward KL and clip", "both")
+    return name.replace(" by the teacher", "").split(" (")[0]
 
 
 def draw_pairs(axis: Any) -> None:
     """The methods that were run on all pairs."""
-    shown = [name for name, method in METHODS.items() if method in [*FINALISTS, GUIDED]]
+    shown = [name for name, method in METHODS.items() if method in [*FINALISTS, *NEWER]]
     groups = {pair: {short(name): rows_of(pair)[name] for name in shown} for pair in PAIRS}
-    dots_by_group(axis, "tropd", groups, "TrOPD (both: forward KL and clip): accuracy by pair", "accuracy")
+    dots_by_group(
+        axis,
+        "tropd",
+        groups,
+        "TrOPD (all: forward KL everywhere, both: on outliers; and clip): accuracy by pair",
+        "accuracy",
+    )
 
 
 def picture(figure: Any) -> None:
-    figure.suptitle("accuracy, sampled (both: forward KL and clip)", fontsize=10)
+    figure.suptitle("accuracy, sampled (all: forward KL everywhere and clip; both: on outliers)", fontsize=10)
     axes = figure.subplots(1, len(PAIRS))
     for axis, pair in zip(axes, PAIRS, strict=True):
         rows = {

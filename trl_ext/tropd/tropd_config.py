@@ -20,7 +20,8 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
 
     Parameters:
         objective (`str`, *optional*, defaults to `"tropd"`):
-            `"tropd"`, or one of the baselines `"opd"` (the sampled reverse KL on every token), `"eopd"`, `"reopold"`.
+            `"tropd"`, or one of the baselines `"opd"` (the sampled reverse KL on every token), `"forward_kl"` (that of
+            GKD on every token, on the teacher's top-k), `"eopd"`, `"reopold"`.
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of the prompts whose completion the student samples. The others take the completion in the dataset
             (with `seq_kd`, one sampled from the teacher) and minimise the forward KL divergence on the teacher's
@@ -32,10 +33,10 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
         trust_region (`str`, *optional*, defaults to `"sampled"`):
             For `"tropd"`. `"sampled"`: whether a token is trusted is drawn, as in the paper. `"expected"`: the
             probability takes the place of the draw, which has the same expectation and less variance.
-        outlier_loss (`str`, *optional*, defaults to `"forward_kl_and_clip"`):
+        outlier_loss (`str`, *optional*, defaults to `"forward_kl_everywhere_and_clip"`):
             For `"tropd"`, the loss of outliers: `"forward_kl"` on the teacher's top-k (the paper's), `"clip"` (a
-            policy gradient whose reward has a floor), `"forward_kl_and_clip"` (their sum, which is ours) or `"mask"`
-            (0).
+            policy gradient whose reward has a floor), `"forward_kl_and_clip"` (their sum, which is ours),
+            `"forward_kl_everywhere_and_clip"` (the same with the forward KL on every token) or `"mask"` (0).
         outlier_top_k (`int`, *optional*, defaults to `64`):
             Number of the teacher's most likely tokens in the forward KL divergence.
         outlier_clip_floor (`float`, *optional*, defaults to `-1.0`):
@@ -101,10 +102,11 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
         },
     )
     outlier_loss: str = field(
-        default="forward_kl_and_clip",
+        default="forward_kl_everywhere_and_clip",
         metadata={
             "help": "Loss of outliers: 'forward_kl' on the teacher's top-k (the paper's), 'clip' (a policy gradient "
-            "whose reward has a floor), 'forward_kl_and_clip' (their sum) or 'mask' (0).",
+            "whose reward has a floor), 'forward_kl_and_clip' (their sum), 'forward_kl_everywhere_and_clip' (with the "
+            "forward KL on every token) or 'mask' (0).",
             "choices": list(CHOICES["outlier_loss"]),
         },
     )
