@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tropd_forward_kl": {"outlier_loss": "forward_kl"},  # the paper's
     "tropd_clip": {"outlier_loss": "clip"},
     "tropd_mask": {"outlier_loss": "mask"},
-    "tropd_everywhere": {"outlier_loss": "forward_kl_everywhere_and_clip"},
+    "tropd_both": {"outlier_loss": "forward_kl_and_clip"},
     "opd": {"objective": "opd"},
     "forward_kl": {"objective": "forward_kl"},
     "eopd": {"objective": "eopd"},
