@@ -56,7 +56,7 @@ def check_training_arguments(
                 f"`callbacks` must be TrainerCallback classes or instances, got {_kind(callback)}: pass a subclass of "
                 "transformers.TrainerCallback, or an instance of one."
             )
-    if not (isinstance(optimizers, tuple) and len(optimizers) == 2):
+    if not (isinstance(optimizers, tuple | list) and len(optimizers) == 2):
         raise TypeError(
             f"`optimizers` must be a pair of an optimizer and a scheduler, either of which may be None, got "
             f"{_kind(optimizers)}: pass (optimizer, None)."

@@ -310,6 +310,11 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
             self._loss_inputs = inputs = dict(inputs)  # a copy, because the rollout batch is used again
             self._loss_scope.callback(setattr, self, "_loss_inputs", None)
             loss = super()._compute_loss(model, inputs)
+            if self._loss_inputs is not None:  # else GRPO's own loss would be trained on
+                raise RuntimeError(
+                    f"{type(self).__name__} replaces _get_per_token_logps_and_entropies, where the policy loss takes "
+                    "effect: call super()._get_per_token_logps_and_entropies() in it, and change what that returns."
+                )
         for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"):
             self._metrics[mode].pop(f"clip_ratio/{name}", None)  # of clips that are constant now
         if mode == "eval" or self.accelerator.sync_gradients:
@@ -394,15 +399,22 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         return self.training_inputs(inputs) if self.model.training else super()._prepare_inputs(inputs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.finish_rollouts(super()._generate_and_score_completions(inputs), inputs)
+        calculate = self._calculate_rewards  # or that of a subclass
+
+        def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.rewards_per_function = calculate(*args, **kwargs)
+            return self.rewards_per_function
+
+        with self._replaced(_calculate_rewards=recorded):
+            batch = super()._generate_and_score_completions(inputs)
+        return self.finish_rollouts(batch, inputs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
-            self.rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+            return super()._calculate_rewards(*args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             explain_reward_error(error)
             raise
-        return self.rewards_per_function
 
     def _generate(self, prompts: list):
         outputs = super()._generate(prompts)

@@ -127,7 +127,7 @@ def load_rollouts(
     path = _path(folder, process_index)
     if not path.exists():
         return None
-    theirs = json.loads(read_metadata(path)["run"])
+    theirs, run = json.loads(read_metadata(path)["run"]), json.loads(json.dumps(run))  # both as JSON has them
     if theirs != run:
         changes = ", ".join(f"{k} {theirs.get(k)} -> {run.get(k)}" for k in run if theirs.get(k) != run.get(k))
         logger.warning(

@@ -11,6 +11,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ WRITE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 }  # fmt: skip
+
+
+# By transformers, accelerate, PEFT, DeepSpeed and us, without what a callback may add
+WRITTEN = (
+    "trainer_state.json", "*model*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*",
+    "*_optim_states*", "rollouts_*", "fixed_set_*", "base_policy*", "training_args*", "*config*", "tokenizer*",
+)  # fmt: skip
 
 
 class WholeCheckpoints(Trainer):
@@ -153,9 +161,10 @@ def fault_of(folder: Path, required: list[str] | tuple[str, ...] = ()) -> str | 
     """Why a checkpoint is not whole, as a clause with the file's name, or `None`: no file is read beyond its index."""
     for name in (TRAINER_STATE_NAME, *required):
         if not (folder / name).exists():
-            return f"{name} is missing (the run was stopped while it wrote it, or had save_only_model=True)"
+            why = "the run was stopped while it wrote it, had save_only_model=True, or is another trainer's"
+            return f"{name} is missing ({why})"
     for file in sorted(folder.rglob("*")):
-        if file.suffix not in _READERS:
+        if file.suffix not in _READERS or not any(fnmatch(file.name, pattern) for pattern in WRITTEN):
             continue
         try:
             _READERS[file.suffix](file)

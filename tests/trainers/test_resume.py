@@ -1,6 +1,7 @@
 """A run that stops at any step and resumes ends with the parameters of the undisturbed run."""
 
 import math
+import shutil
 
 import pytest
 import tiny
@@ -97,6 +98,21 @@ def test_resume_of_an_adapter_and_sampler_logps(path, tmp_path):
     settings = {"peft_config": lora, "rollout_func": tiny.rollout, "num_iterations": 3}
     whole = run(path, tmp_path, **settings)
     resumed = run(path, tmp_path / "resumed", resume=str(tmp_path / "checkpoint-4"), **settings)
+    for (name, ours), (_, theirs) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_what_a_callback_wrote_and_a_tuple_of_weights_do_not_matter(path, tmp_path, caplog):
+    """JSON lines beside the checkpoint's own files, and settings that JSON has in another form."""
+    whole = run(path, tmp_path, num_iterations=3, reward_weights=(1.0,))
+    for step in (4, 5, 6):
+        (tmp_path / f"checkpoint-{step}" / "samples.json").write_text('{"a": 1}\n{"a": 2}\n')
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed = run(path, tmp_path, resume=True, num_iterations=3, reward_weights=(1.0,))
+    assert "passed over" not in caplog.text
+    assert "do not fit" not in caplog.text
     for (name, ours), (_, theirs) in zip(
         resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
     ):

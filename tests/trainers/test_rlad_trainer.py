@@ -7,7 +7,7 @@ from tiny_rlad import make_trainer, rollout_batch
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext import RLADConfig
+from trl_ext import RLADConfig, RLADTrainer
 
 
 def train_and_compare(ours, theirs):
@@ -194,6 +194,26 @@ def test_settings_without_an_effect_are_named(path, tmp_path, caplog, settings, 
     make_trainer(path, tmp_path, path, **settings)
     assert ("has no effect" in caplog.text) == (unused is not None)
     assert unused is None or unused in caplog.text
+
+
+def test_the_rewards_of_a_subclass_mask_the_penalty(path, teacher_path, tmp_path):
+    """It replaces TRL's calculation, and does not call it."""
+
+    class Own(RLADTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            rewards = torch.tensor([[1.0], [0.0]] * (len(completions) // 2))
+            return self.accelerator.gather(rewards)
+
+    trainer = Own(
+        path,
+        tiny.digits_reward,
+        RLADConfig(**tiny.grpo_settings(tmp_path, distillation="kdrl", kdrl_mask="response", max_steps=1)),
+        tiny.prompts(),
+        teacher_model=teacher_path,
+    )
+    trainer.train()
+    assert trainer.rewards.tolist() == [1.0, 0.0] * 4
+    assert 0 < trainer.state.log_history[0]["kdrl/distilled"] < 1
 
 
 def test_no_teacher_is_refused(tmp_path):

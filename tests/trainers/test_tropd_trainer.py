@@ -219,6 +219,15 @@ def test_evaluation_on_several_datasets(tmp_path):
     assert {"eval_a_loss", "eval_b_loss"} <= logs.keys()
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_an_iterable_evaluation_set_is_not_dispatched(tmp_path, named):
+    """The main process would put the others' batches together, which differ in length."""
+    data = sums(4).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, eval_dataset={"a": data} if named else data)
+    assert trainer.accelerator.dispatch_batches is False
+    assert trainer.evaluate()
+
+
 # Kinds of models
 
 

@@ -102,6 +102,23 @@ def test_nothing_to_resume_from(tmp_path, method, resume):
     assert_clear(lambda: trainer.train(resume_from_checkpoint=resume), message)
 
 
+def test_log_probabilities_of_ones_own_must_come_from_ours(tmp_path):
+    """Else GRPO's own loss would be trained on without a word."""
+
+    class Own(DRPOTrainer):
+        def _get_per_token_logps_and_entropies(
+            self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        ):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
+            logps = logits.log_softmax(-1).gather(2, input_ids[:, -logits_to_keep:, None]).squeeze(2)
+            return logps, torch.zeros_like(logps), None
+
+    args = DRPOConfig(**tiny.grpo_settings(tmp_path, max_steps=1))
+    trainer = Own(tiny.policy(), tiny.digits_reward, args, tiny.prompts(), processing_class=tiny.tokenizer())
+    with pytest.raises(RuntimeError, match=r"Own replaces .*: call super\(\)"):
+        trainer.train()
+
+
 def test_no_loss(tmp_path):
     with pytest.raises(NotImplementedError, match=r"must define policy_loss\(\)"):
         train(tmp_path, trainer_class=PolicyLossTrainer)

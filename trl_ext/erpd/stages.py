@@ -207,7 +207,7 @@ class Stages:
         """Reads what `save` wrote. Raises a `ValueError` if it does not fit: a round needs its set and base."""
         path, trainer = self._path(folder), self.host.trainer
         theirs = json.loads(read_metadata(path)["run"]) if path.exists() else None
-        ours = self.host.identity()
+        ours = json.loads(json.dumps(self.host.identity()))  # as JSON has it
         fits = torch.tensor([theirs == ours], device=trainer.accelerator.device)
         # Either all processes raise or none does: otherwise some would wait for the others forever
         if not trainer.accelerator.gather(fits).all():

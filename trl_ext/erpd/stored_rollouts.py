@@ -80,10 +80,12 @@ def read_stored_rollouts(host: Host) -> RoundRollouts:
             unmatched += logps is None
             row["sampling_per_token_logps"] = torch.tensor([torch.nan] * len(ids) if logps is None else logps)
         rows.append(row | {"advantages": advantages[i], "rewards": rewards[i]})
-    _warn_of_what_is_not_used(len(examples) - used, update, unmatched, local)
+    counts = torch.tensor([[unmatched, cut]], device=accelerator.device)  # of all processes, for the one that logs
+    unmatched, cut = accelerator.gather(counts).sum(0).tolist()
+    _warn_of_what_is_not_used(len(examples) - used, update, unmatched, used)
     if cut:
         logger.warning(
-            f"{cut} of {local} stored completions have more than max_completion_length={args.max_completion_length} "
+            f"{cut} of {used} stored completions have more than max_completion_length={args.max_completion_length} "
             "tokens and lose their end, but keep their reward: raise it, or remove these rows."
         )
     return RoundRollouts([rows], rewards[:used], numbers[:used])

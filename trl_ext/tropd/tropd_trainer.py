@@ -150,6 +150,9 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         needs = None
         if data_collator is None:
             needs = check_datasets(args, name, train_dataset, eval_dataset)
+        evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        if any(isinstance(dataset, IterableDataset) for dataset in evals):  # batches differ in length, as in training
+            args.accelerator_config.dispatch_batches = False
         self.teacher = make_teacher(teacher_model, model, args, name, peft_config)
         check_served_teacher(args, self.teacher)
         processing_class = self.check_teacher_tokenizer(model, args, processing_class)
