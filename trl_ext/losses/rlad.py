@@ -97,17 +97,17 @@ def trrd_loss(
     token_loss = region(current + (log_ratio - log_ratio.detach()), current - log_ratio.detach(), advantages, mask)
 
     metrics = teacher_metrics(teacher_log_ratio, neutral)
-    # What is clipped in GRPO too, whose ratio is the drift's, is not the teacher's doing
-    with torch.no_grad():
-        without_teacher = region(current, current - drift, advantages, mask).metrics
-    for name, share in token_loss.metrics.items():
-        anyway = without_teacher[name]
-        if not name.startswith("clip_ratio/"):
-            metrics[name] = share
-        elif name.endswith("_mean") and isinstance(share, torch.Tensor) and isinstance(anyway, torch.Tensor):
-            metrics[name] = share * anyway
-            if name in VETOES:
-                metrics[VETOES[name]] = share * (1 - anyway)
+    clips = {name: share for name, share in token_loss.metrics.items() if name.startswith("clip_ratio/")}
+    metrics |= {name: values for name, values in token_loss.metrics.items() if name not in clips}
+    if clips:  # what is clipped in GRPO too, whose ratio is the drift's, is not the teacher's doing
+        with torch.no_grad():
+            without_teacher = region(current, current - drift, advantages, mask).metrics
+        for name, share in clips.items():
+            anyway = without_teacher[name]
+            if name.endswith("_mean") and isinstance(share, torch.Tensor) and isinstance(anyway, torch.Tensor):
+                metrics[name] = share * anyway
+                if name in VETOES:
+                    metrics[VETOES[name]] = share * (1 - anyway)
     metrics["policy_drift"], metrics["policy_drift_abs"] = drift.detach(), drift.detach().abs()
     if log_ratio_clip is not None:
         metrics["teacher/clamped"] = (teacher_log_ratio.detach().abs() > log_ratio_clip).to(drift.dtype)
