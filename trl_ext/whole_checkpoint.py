@@ -96,13 +96,17 @@ class WholeCheckpoints(Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not load_renamed_weights(self.model if model is None else model, resume_from_checkpoint):
+        if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded or not load_renamed_weights(self.model, str(self.state.best_model_checkpoint)):
+        if not self._load_renamed(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
+
+    def _load_renamed(self, folder: str) -> bool:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which load shards in their own way
+            return False
+        return load_renamed_weights(self.model, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -116,7 +120,7 @@ def load_renamed_weights(model: Any, folder: str) -> bool:
     it does not find as it is. Returns whether this was such a checkpoint; of others nothing is loaded.
     """
     files = sorted(Path(folder).glob("model*.safetensors"))
-    if not isinstance(model, PreTrainedModel) or not files:  # an adapter, or the shards of FSDP
+    if not isinstance(model, PreTrainedModel) or not files:  # an adapter
         return False
     saved: set[str] = set()
     for file in files:
