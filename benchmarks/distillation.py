@@ -101,6 +101,7 @@ def loss_measurements(flags: argparse.Namespace) -> dict[str, tuple[float, float
             top_k_logps=logps[None, :, 1:],
             teacher_top_k_logps=teacher.top_k_logps[None],
             draws=torch.rand(1, tokens, device=device),
+            outlier_loss=TrOPDConfig.outlier_loss,
         ).loss
         loss.mean().backward()
 

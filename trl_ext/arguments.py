@@ -230,6 +230,11 @@ def changed_settings(args: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if name in names and value != default}
 
 
+def in_code(settings: dict[str, Any]) -> str:
+    """Settings as they are written in a call: `epsilon=0.1, delta=4.0`."""
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
 def with_keyword(function: Callable, name: str) -> inspect.Signature:
     """The signature of `function` with one more keyword argument, `name=None`."""
     signature = inspect.signature(function)

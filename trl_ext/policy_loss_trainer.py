@@ -19,6 +19,7 @@ from trl_ext.arguments import (
     changed_settings,
     check_policy_loss_args,
     check_sharded_adapter,
+    in_code,
     sampling_that_biases_the_ratio,
 )
 from trl_ext.constructor_checks import (
@@ -176,14 +177,13 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         """Warns about settings of TRL's correction of vLLM's log-probabilities where there is none."""
         unused = VLLM_CORRECTION_SETTINGS if self.use_vllm and not self.corrects_sampler else ()
         if changed := changed_settings(self.args, unused):
-            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             reason = "with vllm_importance_sampling_correction=False: leave it out, or remove that."
             if self._uses_sampler_logps:
                 reason = (
                     f"in {type(self).__name__}, whose ratio is against vLLM's own log-probabilities and needs no "
                     "correction: leave it out."
                 )
-            logger.warning(f"{settings} has no effect {reason}")
+            logger.warning(f"{in_code(changed)} has no effect {reason}")
 
     def warn_of_biased_ratio(self) -> None:
         """Warns about sampling settings that change that engine's log-probabilities but not the training model's."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings, check_choice
+from trl_ext.arguments import changed_settings, check_choice, in_code
 from trl_ext.losses import TokenLoss, dppo_loss, drpo_loss, ppo_clip_loss, spo_loss
 
 
@@ -126,9 +126,8 @@ def trust_region_warnings(args: Any) -> list[str]:
     row, warnings = TRUST_REGIONS[args.trust_region], []
     # GRPO's own settings are not refused, because a script that is changed from GRPOTrainer may set them
     if unused := changed_settings(args, _settings_of_others(row) & GRPO_SETTINGS):
-        settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
         fix = "remove it" if row.radius is None else "set trust_region_radius instead"
-        warnings.append(f"{settings} has no effect with trust_region={args.trust_region!r}: {fix}.")
+        warnings.append(f"{in_code(unused)} has no effect with trust_region={args.trust_region!r}: {fix}.")
     radius = trust_region_radius(args)
     if radius is not None and radius >= row.largest_shift:
         warnings.append(

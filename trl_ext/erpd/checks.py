@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings, check_choice, check_policy_loss_args
+from trl_ext.arguments import changed_settings, check_choice, check_policy_loss_args, in_code
 from trl_ext.erpd.extraction import EXTRACTION_LOSSES
 from trl_ext.erpd.schedule import LearningRate, as_list, as_text
 from trl_ext.erpd.stored_rollouts import count_rollouts, has_stored_rollouts
@@ -109,10 +109,9 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
 def _check_trl_args(args: GRPOConfig, owner: str) -> None:
     """Raises a `ValueError` for settings of GRPO and transformers that make no sense in a run of two stages."""
     if changed := changed_settings(args, ("max_steps", "num_train_epochs")):
-        settings = ", ".join(f"{name}={value}" for name, value in changed.items())
         raise ValueError(
-            f"{settings} would end {owner}'s run within a stage, because rounds, passes and the set say how long it "
-            "is: remove it, and set prompts_per_round, extraction_passes, distillation_passes or rounds."
+            f"{in_code(changed)} would end {owner}'s run within a stage, because rounds, passes and the set say how "
+            "long it is: remove it, and set prompts_per_round, extraction_passes, distillation_passes or rounds."
         )
     if args.num_iterations != 1:
         raise ValueError(

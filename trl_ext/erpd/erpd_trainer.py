@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings
+from trl_ext.arguments import changed_settings, in_code
 from trl_ext.erpd.checks import (
     check_data,
     check_erpd_args,
@@ -179,8 +179,7 @@ class ERPDTrainer(PolicyLossTrainer):
         for names, reason in unused_settings(self.args):
             changed = {name: x for name, x in changed_settings(self.args, names).items() if x is not None}
             if changed:
-                settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-                logger.warning(f"{settings} has no effect{reason}.")
+                logger.warning(f"{in_code(changed)} has no effect{reason}.")
         update = self.args.generation_batch_size // self.args.steps_per_generation
         update *= self.args.gradient_accumulation_steps
         if self.args.distillation_anchor == "pass" and self._rollouts_per_round == update:

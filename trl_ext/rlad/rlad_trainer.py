@@ -9,7 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from trl import GRPOConfig
 
-from trl_ext.arguments import changed_settings, with_keyword
+from trl_ext.arguments import changed_settings, in_code, with_keyword
 from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_coefficient, kdrl_mask, kdrl_penalty, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.rlad.rlad_config import RLADConfig, check_rlad_args, settings_without_effect
@@ -93,9 +93,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
             logger.warning(warning)
         self.warn_of_unused_correction()
         if changed := changed_settings(self.args, settings_without_effect(self.args)):
-            settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
             logger.warning(
-                f"{settings} has no effect with distillation={self.args.distillation!r} and "
+                f"{in_code(changed)} has no effect with distillation={self.args.distillation!r} and "
                 f"kdrl_mask={self.args.kdrl_mask!r}: remove it, or choose the distillation that it belongs to "
                 "('trrd_and_kdrl' has the settings of both)."
             )

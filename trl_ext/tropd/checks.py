@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from trl_ext.arguments import changed_settings, check_choice
+from trl_ext.arguments import changed_settings, check_choice, in_code
 from trl_ext.losses import GUIDANCE_SCHEDULES, OUTLIER_LOSSES
 from trl_ext.teacher import Teacher
 from trl_ext.tropd.objective import OBJECTIVES, objective_of, unused_settings
@@ -101,10 +101,9 @@ def warning_of_unused_settings(args: Any, trainer: str) -> str | None:
     unused = changed_settings(args, settings_without_effect(args))
     if not unused:
         return None
-    settings = ", ".join(f"{name}={value!r}" for name, value in unused.items())
     return (
-        f"{settings} has no effect in {trainer} with the other settings given: remove it, or see docs/tropd.md for "
-        "the settings that it belongs to."
+        f"{in_code(unused)} has no effect in {trainer} with the other settings given: remove it, or see docs/tropd.md "
+        "for the settings that it belongs to."
     )
 
 
