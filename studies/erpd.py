@@ -218,7 +218,7 @@ RUNS = [
     *BY_RATE.values(),
     *RATES_BESIDE.values(),
     *with_seeds(ROWS.values(), range(5)),
-    *with_seeds(LARGER.values(), range(3)),
+    *with_seeds(LARGER.values(), range(5)),
 ]
 
 

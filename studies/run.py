@@ -86,7 +86,8 @@ def describe(run: Run) -> str:
         " ".join([s.method, *(f"{k}={v}" for k, v in s.settings.items()), *([s.sampler] if s.sampler else [])])
         for s in run.stages
     )
-    return f"[{run.group}] {run.task} {stages} seed={run.seed}{run.copy and f' copy={run.copy}'}"
+    pair = " ".join(filter(None, [run.task, run.policy, run.teacher and f"teacher={run.teacher}"]))
+    return f"[{run.group}] {pair} {stages} seed={run.seed}{run.copy and f' copy={run.copy}'}"
 
 
 def summary(result: dict[str, Any]) -> str:

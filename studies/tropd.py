@@ -142,11 +142,11 @@ NO_UPDATES = dict.fromkeys(PAIRS, 0)
 RUNS = [
     *SEARCH,
     *runs([BASE], PAIRS, NO_UPDATES, copy="second", group="final"),
-    *with_seeds(runs([*FINALISTS, GUIDED, *NEWER], PAIRS, copy="second", group="final"), range(5)),
+    *with_seeds(runs([*FINALISTS, GUIDED, *NEWER, GUIDED_EVERYWHERE], PAIRS, copy="second", group="final"), range(5)),
     *runs(SINGLE_CHANGES.values(), FEWER_UPDATES, copy="second", group="changes"),
     *with_seeds(runs(COEFFICIENTS.values(), PAIRS, copy="second", group="coefficients", final=False), (0, 1)),
-    *with_seeds(runs([*OTHERS, GUIDED_EVERYWHERE], PAIRS, copy="second", group="others"), (0, 1)),
-    *runs(AROUND_EVERYWHERE.values(), PAIRS, copy="second", group="around", final=False),
+    *with_seeds(runs(OTHERS, PAIRS, copy="second", group="others"), (0, 1)),
+    *with_seeds(runs(AROUND_EVERYWHERE.values(), PAIRS, copy="second", group="around", final=False), (0, 1, 2)),
     *[
         run
         for times in SEARCHED_RATES
