@@ -125,7 +125,7 @@ class GivenGKD(GKDTrainer):
         self.rollouts = rollouts
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        return None  # of the data set, which has no completions here
+        return None  # of the dataset, which has no completions here
 
     def generate_on_policy_outputs(self, model, inputs, generation_config):
         prompts = inputs["prompts"]

@@ -5,7 +5,7 @@ Without arguments: sums with written-out steps and a tiny policy, made on the sp
 
     accelerate launch examples/drpo_math.py
 
-Your own model and data set (a hub name, or a local .jsonl, .json, .csv or .parquet file), here with LoRA:
+Your own model and dataset (a hub name, or a local .jsonl, .json, .csv or .parquet file), here with LoRA:
 
     accelerate launch examples/drpo_math.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \

@@ -6,7 +6,7 @@ number of rollouts, sampled at once or in several phases. No network, no GPU, a 
 
     accelerate launch examples/erpd_math.py
 
-Your own model and data set (a hub name, or a local .jsonl, .json, .csv or .parquet file), here with LoRA:
+Your own model and dataset (a hub name, or a local .jsonl, .json, .csv or .parquet file), here with LoRA:
 
     accelerate launch examples/erpd_math.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \

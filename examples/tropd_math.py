@@ -6,7 +6,7 @@ teacher adds place by place, and is correct. Made on the spot: no network, no GP
 
     accelerate launch examples/tropd_math.py
 
-Your own student, teacher and data set (a hub name, or a local .jsonl, .json, .csv or .parquet file):
+Your own student, teacher and dataset (a hub name, or a local .jsonl, .json, .csv or .parquet file):
 
     accelerate launch examples/tropd_math.py \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \

@@ -69,13 +69,16 @@ SEARCHED = (
     "KDRL",
     "GRPO",
 )
-# The combination with other coefficients, compared with the seeds below on both tasks
-COEFFICIENTS: dict[str, Variant] = {
+# The combination, and KDRL alone, with other coefficients: compared with the seeds below on both tasks
+COMBINED: dict[str, Variant] = {
     f"TRRD and KDRL, alpha grows to 1, `kdrl_coef` {coef:g}": ("rlad", {**BOTH, **GROWING_ALPHA, "kdrl_coef": coef})
-    for coef in (5e-3, 1e-2, 2e-2, 5e-2)
+    for coef in (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+}
+COEFFICIENTS = COMBINED | {
+    f"KDRL, `kdrl_coef` {coef:g}": ("rlad", {"distillation": "kdrl", "kdrl_coef": coef}) for coef in (2e-3, 5e-3, 2e-2)
 }
 SEEDS_OF_COEFFICIENTS = (43, 44, 45)
-FINALISTS = (next(iter(COEFFICIENTS)), *SEARCHED)
+FINALISTS = ("TRRD and KDRL, alpha grows to 1, `kdrl_coef` 0.005", *SEARCHED)
 RATES = {"sums": (2.5e-5, 5e-5, 1e-4), "puzzles": (5e-5, 1e-4, 2e-4)}
 BEST_RATE = {"sums": 5e-5, "puzzles": 1e-4}  # of these, for every method; GRPO's two on sums do not differ
 
@@ -90,16 +93,42 @@ def at_rate(name: str, value: float, **others: Any) -> Run:
     return rl(method, {**settings, **rate(value)}, **others)
 
 
+def distillation(learning_rate: float) -> Stage:
+    settings = {"objective": "opd", "per_device_train_batch_size": 32, "max_steps": 64}
+    return Stage("tropd", {**settings, **rate(learning_rate)})
+
+
+def fine_tuning(learning_rate: float, updates: int = 64) -> Stage:
+    return Stage("sft", {"teacher_samples": 2048, "learning_rate": learning_rate, "max_steps": updates})
+
+
+# Looked for on the validation problems, with seed 42
+ALONE = {"on-policy distillation alone": distillation, "fine-tuning on the teacher's samples": fine_tuning}
+RATES_ALONE = {
+    "on-policy distillation alone": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
+    "fine-tuning on the teacher's samples": (2.5e-4, 5e-4, 1e-3, 2e-3),
+}
+
+
+def alone(name: str, value: float, task: str, **others: Any) -> Run:
+    return Run((ALONE[name](value),), task=task, teacher="teacher", copy="second", **others)
+
+
+SEARCH_ALONE = [
+    alone(name, value, task, seed=42, group="learning rate", final=False)
+    for task in TASKS
+    for name, values in RATES_ALONE.items()
+    for value in values
+]
+
+
 def without_reward(task: str, **others: Any) -> dict[str, Run]:
     """On-policy distillation alone; fine-tuning on the teacher's samples, alone and followed by GRPO."""
-    best = rate(BEST_RATE[task])
-    opd = Stage("tropd", {"objective": "opd", "per_device_train_batch_size": 32, "max_steps": 64, **best})
-    samples = {"teacher_samples": 2048, "learning_rate": 5e-4}
-    fine_tuning, half = Stage("sft", {**samples, "max_steps": 64}), Stage("sft", {**samples, "max_steps": 32})
+    then = Stage("grpo", {**BUDGET, "max_steps": 32, **rate(BEST_RATE[task])})
     stages = {
-        "on-policy distillation alone": (opd,),
-        "fine-tuning on the teacher's samples": (fine_tuning,),
-        "half of that, then GRPO": (half, Stage("grpo", {**BUDGET, "max_steps": 32, **best})),
+        "on-policy distillation alone": (distillation(BEST_RATE[task]),),
+        "fine-tuning on the teacher's samples": (fine_tuning(5e-4),),
+        "half of that, then GRPO": (fine_tuning(5e-4, 32), then),
     }
     return {name: Run(each, task=task, teacher="teacher", **others) for name, each in stages.items()}
 
@@ -162,6 +191,7 @@ RUNS = [
     *(run for task in TASKS for run in wide(VARIANTS, task).values()),
     *wide(ON_SUMS_ALONE, "sums").values(),
     *SEARCH_OF_RATES,
+    *SEARCH_ALONE,
     *FINAL,
     *WITHOUT_REWARD,
     *TEACHERS,
@@ -193,6 +223,22 @@ def searched_rates() -> str:
         for name in SEARCHED
     ]
     return tables.markdown_table(["method", *(f"{task}, {value:.1e}" for task, value in columns)], lines)
+
+
+def rates_alone() -> str:
+    lines = [
+        [
+            f"{task}: {name}",
+            ", ".join(
+                f"{found} ({value:g})"
+                for value in values
+                if (found := tables.of_one_seed("rlad", alone(name, value, task, seed=42), "validation"))
+            ),
+        ]
+        for task in TASKS
+        for name, values in RATES_ALONE.items()
+    ]
+    return tables.markdown_table(["method", "accuracy (learning rate)"], lines)
 
 
 def coefficients() -> str:
@@ -249,6 +295,7 @@ def picture(figure: Any) -> None:
 TABLES = {
     "searched": searched,
     "rates": searched_rates,
+    "ratesalone": rates_alone,
     "sums": lambda: table("sums"),
     "puzzles": lambda: table("puzzles"),
     "firstsums": lambda: table("sums", copy=""),

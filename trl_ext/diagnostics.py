@@ -76,7 +76,7 @@ OUTSIDE = Check(
     "{value:.0%} of the tokens are outside the trust region ({start:.0%} at the start): the policy is far from the "
     "one that the region is around",
     f"{FEWER_UPDATES}; where the share was as high at the start, the sampler or the teacher is far from the policy: "
-    "raise trust_region_radius, or teacher_mixture_alpha in RLAD",
+    "set trust_region_anchor='old_policy' in DRPO, or raise teacher_mixture_alpha in RLAD",
 )
 CLIPPED = Check(
     "outside_share",
@@ -110,7 +110,8 @@ SAMPLER = Check(
     "max_fresh_log_ratio",
     "Before any update the trainer's log-probabilities differ from the sampler's by {value:.3f} nats per token on "
     "average: they do not compute the same policy",
-    SAME_SAMPLING,
+    f"{SAME_SAMPLING}; for a sampler that must differ, such as a quantized one, set DRPO's "
+    "trust_region_anchor='old_policy' with vllm_importance_sampling_mode='token_truncate'",
     extraction_remedy=f"{SAME_SAMPLING}; with stored rollouts of another policy this is expected",
 )
 GROUPS = Check(

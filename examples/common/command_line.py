@@ -30,7 +30,7 @@ def parse_arguments(script_class: Any, config_class: Any, embedded_defaults: dic
     overrides `embedded_defaults` (in the embedded task), which override TRL's defaults.
 
     The embedded task is what is trained without `--model_name_or_path`. `--dataset_name` needs a model, and a model
-    needs a data set where the script has none of its own (`needs_dataset`).
+    needs a dataset where the script has none of its own (`needs_dataset`).
     """
     if help_flags := {"-h", "--help", "--help_all"} & set(sys.argv[1:]):
         print(help_text(script_class, config_class, embedded_defaults, trl="--help_all" in help_flags))

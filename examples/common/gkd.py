@@ -16,8 +16,8 @@ logging.getLogger("transformers.generation.utils").addFilter(
 
 class SampledGKD(GKDTrainer):
     """
-    TRL's own on data sets without completions: its collator would ask for `messages`, and its loss be divided by the
-    data set's number of completion tokens. Here the loss is the mean over the tokens that were sampled.
+    TRL's own on datasets without completions: its collator would ask for `messages`, and its loss be divided by the
+    dataset's number of completion tokens. Here the loss is the mean over the tokens that were sampled.
     """
 
     def __init__(self, model, teacher, args: GKDConfig, processing_class, **arguments):

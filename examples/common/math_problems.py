@@ -1,4 +1,4 @@
-"""Math problems with known answers, from a hub data set or a local file: prompts, answers, reward."""
+"""Math problems with known answers, from a hub dataset or a local file: prompts, answers, reward."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _hold_out(
     if isinstance(train, IterableDataset):
         if next(iter(train.skip(number)), None) is None:
             raise ValueError(
-                f"The data set has at most {number} rows, all of which would be held out: lower --num_held_out, or "
+                f"The dataset has at most {number} rows, all of which would be held out: lower --num_held_out, or "
                 "leave out --dataset_streaming."
             )
         return train.skip(number), train.take(number)
@@ -100,7 +100,7 @@ def _as_problems(
 ) -> Dataset | IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
-        raise ValueError(f"{name} has no rows: give --dataset_name a data set with one problem per row.")
+        raise ValueError(f"{name} has no rows: give --dataset_name a dataset with one problem per row.")
     question = next((column for column in QUESTION_COLUMNS if column in columns), None)
     answer = next((column for column in ANSWER_COLUMNS if column in columns), None)
     if question is None or (with_answers and answer is None):

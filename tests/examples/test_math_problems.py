@@ -1,4 +1,4 @@
-"""The forms of data sets that the examples read, and the reward for math problems."""
+"""The forms of datasets that the examples read, and the reward for math problems."""
 
 import json
 

@@ -73,9 +73,9 @@ def test_more_settings_that_cannot_be_honoured(tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "dataset", "message"),
     [
-        ({}, tiny.prompts(1), "The data set's 1 prompts with 4 rollouts each are less than one batch, which takes 2"),
+        ({}, tiny.prompts(1), "The dataset's 1 prompts with 4 rollouts each are less than one batch, which takes 2"),
         ({"prompts_per_round": 1}, tiny.prompts(), "prompts_per_round=1 with 4 rollouts each is less than one batch"),
-        ({"prompts_per_round": 34}, tiny.prompts(), "more than the data set has: set it to 32 or less"),
+        ({"prompts_per_round": 34}, tiny.prompts(), "more than the dataset has: set it to 32 or less"),
         ({"prompts_per_round": 7}, tiny.prompts(), "does not make whole batches of 2 prompts .* set it to 6"),
         (
             {},

@@ -1,4 +1,4 @@
-"""ERPD from rollouts that are stored in the data set: nothing is generated, the result is that of sampling them."""
+"""ERPD from rollouts that are stored in the dataset: nothing is generated, the result is that of sampling them."""
 
 import pytest
 import tiny
@@ -109,7 +109,7 @@ def tokens(rollouts):
 
 
 def test_groups_of_unequal_size_and_unknown_rewards(path, tmp_path):
-    """Wherever in the data set a prompt's rollouts are."""
+    """Wherever in the dataset a prompt's rollouts are."""
     rewards = [("1=", 1.0), ("2=", 0.0), ("1=", 0.0), ("3=", 1.0), ("2=", None), ("1=", 0.0), ("2=", 1.0), ("4=", 0.0)]
     rows = [{"prompt": prompt, "completion": "12", "reward": reward} for prompt, reward in rewards]
     rollouts = read_stored_rollouts(from_stored(path, tmp_path, rows)._host)

@@ -20,7 +20,7 @@ class DRPOTrainer(PolicyLossTrainer):
     r"""
     Trainer for Divergence Regularized Policy Optimization, [Rethinking the Divergence Regularization in LLM
     RL](https://huggingface.co/papers/2606.09821): GRPO with its clipping replaced by a smooth, advantage-weighted
-    quadratic regularizer on the shift of the token's probability (Eq. 8, maximised):
+    quadratic regularizer on the shift of the token's probability (Eq. 8, maximized):
 
     $$ J = \mathbb{E}_{y \sim \mu} \sum_t \left[ r_t A_t - \frac{|A_t|}{2 \delta} \mu_t (r_t - 1)^2 \right], \qquad
     r_t = \pi_t / \mu_t $$

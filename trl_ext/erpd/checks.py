@@ -28,7 +28,7 @@ def stored_rollouts_per_round(args: GRPOConfig, dataset: Dataset) -> int:
     number = count_rollouts(dataset)
     if number < update:
         raise ValueError(
-            f"The data set's {number} stored rollouts are fewer than one update takes ({update}): give more rollouts, "
+            f"The dataset's {number} stored rollouts are fewer than one update takes ({update}): give more rollouts, "
             "or lower per_device_train_batch_size or gradient_accumulation_steps."
         )
     return number // update * update
@@ -42,15 +42,14 @@ def resolve_prompts_per_round(args: GRPOConfig, num_prompts: int) -> int:
     smaller += "steps_per_generation"
     if num_prompts < unit:
         raise ValueError(
-            f"The data set's {num_prompts} prompts with {args.num_generations} rollouts each are less than one batch, "
+            f"The dataset's {num_prompts} prompts with {args.num_generations} rollouts each are less than one batch, "
             f"which takes {unit} prompts: give more prompts, or lower {smaller}."
         )
     if wanted is None:
         return max(min(1000, num_prompts) // unit, 1) * unit
     if wanted > num_prompts:
         raise ValueError(
-            f"prompts_per_round={wanted} is more than the data set has: set it to {num_prompts // unit * unit} or "
-            "less."
+            f"prompts_per_round={wanted} is more than the dataset has: set it to {num_prompts // unit * unit} or less."
         )
     if wanted < unit:
         raise ValueError(
@@ -197,7 +196,7 @@ def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
     dataset = given.get("train_dataset")
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{owner} draws the prompts of each round from a data set of known length and cannot use train_dataset="
+            f"{owner} draws the prompts of each round from a dataset of known length and cannot use train_dataset="
             f"{type(dataset).__name__}: pass a datasets.Dataset, e.g. Dataset.from_list(rows)."
         )
     if has_stored_rollouts(dataset):

@@ -22,7 +22,7 @@ class ERPDConfig(GRPOConfig):
         rounds (`int`, *optional*, defaults to `1`):
             How often the two stages run, each time from the result of the previous round.
         prompts_per_round (`int`, *optional*):
-            Number of prompts in the fixed set of a round. `None`: 1000 as in the paper, or all of a smaller data set,
+            Number of prompts in the fixed set of a round. `None`: 1000 as in the paper, or all of a smaller dataset,
             rounded down to whole batches.
         extraction_loss (`str` or `list[str]`, *optional*, defaults to `"mse"`):
             Objective of stage 1: `"sapo"`, `"ce"` or `"mse"`. A list trains one teacher for each.
@@ -75,7 +75,7 @@ class ERPDConfig(GRPOConfig):
     prompts_per_round: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts of a round's fixed set. None: 1000, or all of a smaller data set, in whole batches."
+            "help": "Prompts of a round's fixed set. None: 1000, or all of a smaller dataset, in whole batches."
         },
     )
     extraction_loss: str | list[str] = field(

@@ -1,4 +1,4 @@
-"""Where the fixed set of a round comes from: TRL's own rollouts, or rollouts that are stored in the data set."""
+"""Where the fixed set of a round comes from: TRL's own rollouts, or rollouts that are stored in the dataset."""
 
 from enum import Enum
 from typing import Any
@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
 
 
 def prompts_of_round(host: Host, round_number: int) -> list[int]:
-    """Indices into the data set. No prompt is used again before a round needs more prompts than are left."""
+    """Indices into the dataset. No prompt is used again before a round needs more prompts than are left."""
     size = host.prompts_per_round
     epoch, place = divmod(round_number - 1, len(host.trainer.train_dataset) // size)
     return host.prompt_order(host.trainer.args.seed + epoch)[place * size : (place + 1) * size]

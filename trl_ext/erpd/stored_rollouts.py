@@ -19,13 +19,13 @@ COMPLETIONS, REWARDS, LOGPS = ("completions", "completion"), ("rewards", "reward
 
 
 def has_stored_rollouts(dataset: Any) -> bool:
-    """Whether the data set has a column of completions and one of rewards beside the prompts."""
+    """Whether the dataset has a column of completions and one of rewards beside the prompts."""
     columns = set(getattr(dataset, "column_names", None) or ())
     return bool(columns & set(COMPLETIONS)) and bool(columns & set(REWARDS))
 
 
 def count_rollouts(dataset: Dataset) -> int:
-    """The number of rollouts in a data set that has some, or a `ValueError` for columns that do not fit together."""
+    """The number of rollouts in a dataset that has some, or a `ValueError` for columns that do not fit together."""
     completions, rewards = (_column(dataset, names) for names in (COMPLETIONS, REWARDS))
     listed = completions == COMPLETIONS[0]
     if listed != (rewards == REWARDS[0]):
@@ -48,7 +48,7 @@ def count_rollouts(dataset: Dataset) -> int:
 
 def read_stored_rollouts(host: Host) -> RoundRollouts:
     """
-    This process's share of the rollouts, in the order of the data set, and the rewards of all.
+    This process's share of the rollouts, in the order of the dataset, and the rewards of all.
 
     Prompts are tokenized as they are when they are sampled. A completion gets an end token (of messages that of the
     chat template) unless it has one already, or was truncated: it has as many tokens as `max_completion_length` allows
@@ -122,7 +122,7 @@ def _column(dataset: Dataset, names: Sequence[str]) -> str:
 
 
 def _flatten(dataset: Dataset) -> list[dict[str, Any]]:
-    """One dict per rollout: `prompt`, `completion`, `reward`, and `logprobs` if the data set has them."""
+    """One dict per rollout: `prompt`, `completion`, `reward`, and `logprobs` if the dataset has them."""
     completions, rewards = _column(dataset, COMPLETIONS), _column(dataset, REWARDS)
     examples = []
     for row in dataset:

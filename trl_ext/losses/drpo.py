@@ -2,7 +2,7 @@ r"""
 Policy losses that keep the policy near the one that sampled the tokens by a smooth regularizer or a divergence mask.
 
 Notation, per sampled token: \\( \pi \\) current probability, \\( \mu \\) probability under the policy that sampled the
-token, \\( r = \pi / \mu \\), \\( A \\) advantage. All are written to be minimised: loss = -objective.
+token, \\( r = \pi / \mu \\), \\( A \\) advantage. All are written to be minimized: loss = -objective.
 
 Common arguments of the functions below:
 

@@ -100,7 +100,7 @@ def reward_regression_loss(
 
     Args:
         targets (`torch.Tensor` of shape `(batch,)`):
-            \\( A \\), the rewards, normalised within the rollouts of a prompt. A sequence of target NaN has no loss.
+            \\( A \\), the rewards, normalized within the rollouts of a prompt. A sequence of target NaN has no loss.
         beta_r (`float`, defaults to `0.5`):
             \\( \beta_r \\), in 1 / nats.
     """

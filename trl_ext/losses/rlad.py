@@ -50,7 +50,7 @@ def trrd_loss(
     L = -\min\left( r A,\; \mathrm{clip}(r, 1 - \epsilon_\mathrm{low}, 1 + \epsilon_\mathrm{high}) A \right) $$
 
     The ratio is against the geometric mixture \\( m = \pi_\mathrm{old}^\alpha \pi_\mathrm{teacher}^{1 - \alpha} \\),
-    per token and not normalised over the vocabulary, and takes the place of GRPO's. With \\( \alpha = 1 \\) it is
+    per token and not normalized over the vocabulary, and takes the place of GRPO's. With \\( \alpha = 1 \\) it is
     GRPO's. Beyond the clamp (Appendix B) the gradient comes from \\( S - O \\) alone; the paper does not say whether
     gradient passes the clamp, and this is its literal reading.
 

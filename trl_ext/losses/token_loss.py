@@ -19,7 +19,7 @@ class TokenLoss:
 
     Args:
         loss (`torch.Tensor` of shape `(batch, time)`):
-            Loss to minimise, in float32 or wider. Exactly 0, with an exactly zero gradient, wherever the mask is 0.
+            Loss to minimize, in float32 or wider. Exactly 0, with an exactly zero gradient, wherever the mask is 0.
         metrics (`dict[str, torch.Tensor]`, *optional*):
             Detached values, of shape `(batch, time)` for one value per token or `(batch,)` for one per sequence. If
             its name begins or ends with `min` or `max`, a metric is reduced with that, else with the mean over the

@@ -92,7 +92,7 @@ def tropd_loss(
     same expectation with less variance. \\( L_\mathrm{out} \\) is, with `outlier_loss`
 
     - `"forward_kl"`: \\( F = \sum_{v \in V_k} \pi_T(v) (\log \pi_T(v) - \log \pi_S(v)) \\), differentiated. Neither
-      side is renormalised on \\( V_k \\).
+      side is renormalized on \\( V_k \\).
     - `"clip"`: \\( -c \max(R, \tau) \\), as a policy gradient. The paper gives no \\( \tau \\) and has
       \\( c = 1 \\).
     - `"forward_kl_and_clip"`: the sum of these two, which is ours and not the paper's.

@@ -32,8 +32,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
     $$ \log r_t = \alpha (\log \pi_t - \log \pi^\mathrm{old}_t) + (1 - \alpha)\, \mathrm{clamp}(\log \pi_t -
     \log \pi^\mathrm{teacher}_t, -c, c) $$
 
-    so that the student imitates only where that helps the update: with a zero advantage the teacher has no influence,
-    and it vetoes updates that lead further from it. By default \\( \alpha \\) grows from 0.5 to 1 over the run (1 is
+    so that the teacher acts on the update itself: with a zero advantage it has no influence, and updates that lead
+    further from it are clipped. By default \\( \alpha \\) grows from 0.5 to 1 over the run (1 is
     GRPO); the paper's is constant (`teacher_mixture_alpha_end=None`). With `distillation="kdrl"`, the baseline KDRL
     ([2506.02208](https://huggingface.co/papers/2506.02208)): GRPO plus a penalty on the distance to the teacher.
 

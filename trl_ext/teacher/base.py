@@ -48,7 +48,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def prepare(self, trainer: Any) -> None:
-        """Loads, freezes and wraps what scores, the way TRL prepares a reference model. `trainer` is initialised."""
+        """Loads, freezes and wraps what scores, the way TRL prepares a reference model. `trainer` is initialized."""
 
     @abstractmethod
     def sampled_logps(self, batch: dict[str, Any], score: Score) -> torch.Tensor:

@@ -18,7 +18,7 @@ class TeacherMixin:
     """
     To be mixed in before one of TRL's trainers.
 
-    Before anything is loaded, set `teacher` and call `check_teacher_tokenizer`; once the trainer is initialised,
+    Before anything is loaded, set `teacher` and call `check_teacher_tokenizer`; once the trainer is initialized,
     `prepare_teacher`; for each batch of scores, `without_foreign_ends`, and `stop_at_nan` once per rollout batch.
     """
 

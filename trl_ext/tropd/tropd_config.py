@@ -23,9 +23,8 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
             `"tropd"`, or one of the baselines `"opd"` (the sampled reverse KL on every token), `"forward_kl"` (that of
             GKD on every token, on the teacher's top-k), `"eopd"`, `"reopold"`.
         lmbda (`float`, *optional*, defaults to `1.0`):
-            Share of the prompts whose completion the student samples. The others take the completion in the dataset
-            (with `seq_kd`, one sampled from the teacher) and minimise the forward KL divergence on the teacher's
-            top-k.
+            Share of the completions that the student samples, drawn for each. The others are the dataset's (with
+            `seq_kd`, sampled from the teacher) and minimize the forward KL divergence on the teacher's top-k.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the samples and of all log-probabilities, the student's and the teacher's.
         num_generations (`int`, *optional*, defaults to `1`):
@@ -83,8 +82,8 @@ class TrOPDConfig(VLLMSettings, TeacherSettings, GKDConfig):
     lmbda: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the prompts whose completion the student samples; the others take the one in the "
-            "dataset or, with seq_kd, one sampled from the teacher."
+            "help": "Share of the completions that the student samples; the others are the dataset's or, with seq_kd, "
+            "sampled from the teacher."
         },
     )
     temperature: float = field(
