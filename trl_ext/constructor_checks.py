@@ -4,19 +4,30 @@ import inspect
 import re
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.utils import CONFIG_NAME
 from trl import GRPOTrainer
 
 
 def check_model(model: Any, trainer: str) -> None:
-    """Raises a `TypeError` for what is neither a name nor a model."""
+    """Raises a `TypeError` for what is neither a name nor a model, and a `ValueError` for the folder of an adapter."""
     if not isinstance(model, str | torch.nn.Module):
         raise TypeError(
             f"{trainer} needs a policy, got {_kind(model)}: pass a hub name, a path or a loaded model as `model`."
+        )
+    if (
+        isinstance(model, str)
+        and Path(model, "adapter_config.json").is_file()
+        and not Path(model, CONFIG_NAME).is_file()
+    ):
+        raise ValueError(
+            f"{model} is an adapter without its model: load both with "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) and pass the result as `model`."
         )
 
 

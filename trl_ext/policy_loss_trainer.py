@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_ext.adapters import check_fused_head, check_reference_adapter, check_vllm_adapters
 from trl_ext.arguments import (
     VLLM_CORRECTION_SETTINGS,
     as_config,
@@ -113,12 +114,14 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
         self.check_args(args)
         check_processing_class(processing_class)
         check_training_arguments(args, eval_dataset, callbacks, optimizers, peft_config)
+        check_vllm_adapters(model, args)
         check_rewards_and_tools(args, reward_funcs, tools, rollout_func, environment_factory, name)
         if environment_factory is None:
             check_prompt_column(name, train_dataset, eval_dataset)
             if rollout_func is None:  # which may add what a reward function needs
                 check_reward_signatures(reward_funcs, *self.rewarded_dataset(train_dataset, eval_dataset), args)
         self.before_loading(model, args, processing_class)
+        check_reference_adapter(model, peft_config, args)
         self._loss_inputs: dict[str, Any] | None = None  # the batch, until its policy loss is computed
         self._loss_scope = ExitStack()
         self._skips_old_pass = False  # until the pass that scores the old policy
@@ -142,6 +145,7 @@ class PolicyLossTrainer(RolloutCheckpoints, GRPOTrainer):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        check_fused_head(self.model, "The policy")
         check_sharded_adapter(self, fused_head=True)
         # With vLLM's correction switched off, its log-probabilities are not used
         self._uses_sampler_logps = self.anchored_to_sampler and (

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from trl_ext.adapters import adapters_kept, check_trains_something, load_active_adapters
+
 
 logger = logging.getLogger(__name__)  # used by the main process alone
 
@@ -54,6 +56,7 @@ class WholeCheckpoints(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
+        check_trains_something(self.model, type(self).__name__)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -97,16 +100,22 @@ class WholeCheckpoints(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._load_renamed(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with adapters_kept(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_renamed(str(self.state.best_model_checkpoint)):
+        folder = str(self.state.best_model_checkpoint)
+        if not (self._load_renamed(folder) or self._load_adapters(folder)):
             super()._load_best_model()
 
     def _load_renamed(self, folder: str) -> bool:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which load shards in their own way
             return False
         return load_renamed_weights(self.model, folder)
+
+    def _load_adapters(self, folder: str) -> bool:
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return not sharded and load_active_adapters(self.model, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -7,6 +7,7 @@ import tiny
 import torch
 from tiny_erpd import right_or_wrong, settings
 from tiny_erpd_runs import make_run
+from trl import BEMACallback
 
 from trl_ext import ERPDConfig, ERPDTrainer
 
@@ -126,3 +127,9 @@ def test_warnings_of_settings_without_effect(path, tmp_path, caplog):
     assert "has no effect" not in caplog.text
     make_run(path, tmp_path, prompts_per_round=2, distillation_anchor="pass")
     assert "stage 2 never leaves its anchor" in caplog.text
+
+
+@pytest.mark.parametrize("callback", [BEMACallback, BEMACallback()])
+def test_averages_over_both_stages_are_refused(path, tmp_path, callback):
+    with pytest.raises(ValueError, match="BEMACallback averages the weights of the whole run"):
+        make_run(path, tmp_path, callbacks=[callback])

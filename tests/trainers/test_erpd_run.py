@@ -1,5 +1,6 @@
 """A run of ERPDTrainer from beginning to end: one continuous training over rounds, stages and passes."""
 
+import pandas
 import pytest
 import tiny
 import torch
@@ -9,6 +10,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, TrlParser
 
 from trl_ext import ERPDConfig, ERPDTrainer
+from trl_ext.erpd.sampling import prompts_of_round
 from trl_ext.erpd.schedule import teachers_of
 
 
@@ -135,6 +137,20 @@ def test_completions_are_logged_once(path, tmp_path, monkeypatch):
     assert trainer.log_completions
     assert len(printed) == 2  # one per round, of some 20 logs
     assert printed[0] != printed[1]
+
+
+def test_all_rollouts_of_the_set_are_in_the_file_of_completions(path, tmp_path):
+    """Of all generations of a round, and not the completions of the held-out prompts that are sampled after them."""
+    settings = {"prompts_per_round": 8, "log_completions": True, "num_completions_to_print": 1}
+    trainer = make_run(path, tmp_path, eval_dataset=tiny.prompts(4), per_device_eval_batch_size=8, **settings)
+    assert trainer.args.generation_batch_size < trainer._rollouts_per_round
+    trainer.train()
+    (file,) = (tmp_path / "completions").glob("*.parquet")
+    rows = pandas.read_parquet(file)
+    assert len(rows) == trainer._rollouts_per_round
+    trained_on = {trainer.train_dataset[i]["prompt"] for i in prompts_of_round(trainer._host, 1)}
+    assert set(rows["prompt"]) == trained_on
+    assert set(rows["right_or_wrong"]) == {0.0, 1.0}
 
 
 def test_evaluation_in_any_stage(path, tmp_path):

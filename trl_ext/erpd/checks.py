@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig
+from trl import BEMACallback, GRPOConfig
 
 from trl_ext.arguments import changed_settings, check_choice, check_policy_loss_args, in_code
 from trl_ext.erpd.extraction import EXTRACTION_LOSSES
@@ -199,6 +199,12 @@ def check_data(given: dict[str, Any], args: GRPOConfig, owner: str) -> None:
             f"{owner} draws the prompts of each round from a dataset of known length and cannot use train_dataset="
             f"{type(dataset).__name__}: pass a datasets.Dataset, e.g. Dataset.from_list(rows)."
         )
+    for callback in given.get("callbacks") or []:
+        if issubclass(callback if isinstance(callback, type) else type(callback), BEMACallback):
+            raise ValueError(
+                f"BEMACallback averages the weights of the whole run, which with {owner} are those of several "
+                "policies: leave it out."
+            )
     if has_stored_rollouts(dataset):
         _check_stored_rollouts(given, args, owner)
     if images := {"image", "images"} & set(dataset.column_names):

@@ -1,6 +1,7 @@
 """How ERPD's stages reach into TRL: the one file of ERPD, beside its trainer, that knows TRL's private methods."""
 
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +14,13 @@ from trl_ext.erpd.fixed_set import RoundRollouts, collate
 from trl_ext.erpd.host import Sampled
 from trl_ext.erpd.schedule import teachers_of
 from trl_ext.erpd.stored_rollouts import has_stored_rollouts, read_stored_rollouts
+
+
+def completion_logs(size: int) -> dict[str, Any]:
+    """TRL's buffers of `log_completions`, for this many completions."""
+    kept: Callable[[], deque] = partial(deque, maxlen=size)
+    columns = {name: kept() for name in ("images", "prompt", "completion", "advantages")}
+    return {**columns, "rewards": defaultdict(kept), "extra": defaultdict(kept)}
 
 
 class TrainerHost:
@@ -68,13 +76,18 @@ class TrainerHost:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         was_training = self.trainer.model.training
+        of_the_set = self.trainer._logs, self.trainer._samples_to_log
         self.trainer.model.eval()
+        if self.prompts_per_round:
+            self.trainer._logs = completion_logs(self.trainer.args.generation_batch_size)
         try:
             with torch.no_grad():
                 yield
         finally:
             self.trainer.model.train(was_training)
             self.trainer._metrics["eval"].clear()
+            if self.prompts_per_round:  # with stored rollouts the held-out completions are all there is to log
+                self.trainer._logs, self.trainer._samples_to_log = of_the_set
 
     # ---- the run
 

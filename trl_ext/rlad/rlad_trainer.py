@@ -9,6 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from trl import GRPOConfig
 
+from trl_ext.adapters import check_fused_head
 from trl_ext.arguments import changed_settings, in_code, with_keyword
 from trl_ext.losses import DISTILLATIONS, TokenLoss, kdrl_coefficient, kdrl_mask, kdrl_penalty, trrd_loss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
@@ -83,6 +84,7 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         self._peft_config = given.get("peft_config")
         super().__init__(*args, **kwargs)
         self.prepare_teacher(self.eos_token_ids)
+        check_fused_head(getattr(self.teacher, "model", None), f"The teacher {self.teacher.name}")
 
     @classmethod
     def check_args(cls, args: GRPOConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from trl_ext.adapters import adapters_kept
 from trl_ext.teacher.model import ModelTeacher
 
 
@@ -55,6 +56,7 @@ class AdapterTeacher(ModelTeacher):
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(peft_model, self.checkpointing),
+            adapters_kept(peft_model),
             use_adapter(peft_model, self.adapter_name),
         ):
             peft_model.eval()  # no dropout

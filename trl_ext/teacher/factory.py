@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
+from trl_ext.adapters import check_base_teacher
 from trl_ext.arguments import changed_settings
 from trl_ext.teacher.adapter import AdapterTeacher
 from trl_ext.teacher.base import Teacher
@@ -75,6 +76,9 @@ def make_teacher(teacher: Any, student: Any, args: Any, trainer: str, peft_confi
                 "teacher_model='base' is the student without its adapter, but this student has none: pass "
                 "peft_config, or another teacher."
             )
+        if not is_adapter:
+            for config in student.peft_config.values() if has_adapter else [peft_config]:
+                check_base_teacher(config)
         _warn_of_unused_loading(args, "on a teacher that is the student's own model", "pass the name of another")
         return AdapterTeacher(student, teacher if is_adapter else None)
     adapters = ", ".join(map(repr, getattr(student, "peft_config", ())))

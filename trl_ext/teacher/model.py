@@ -76,6 +76,8 @@ class ModelTeacher(Teacher):
                     break
         else:
             self.eos_token_ids = as_set(self.source.generation_config.eos_token_id)
+            if not get_config_model_id(self.source.config):  # it was not loaded from anywhere
+                places = []
         for name in places:
             with suppress(OSError, ValueError):
                 tokenizer = AutoTokenizer.from_pretrained(name, **loading)
@@ -141,13 +143,17 @@ class ModelTeacher(Teacher):
                 self.init_kwargs["device_map"] = None  # as TRL does for its reference model
             model = self._load()
             self._check_head(model)
-        if is_peft_model(model) and (
-            model.active_peft_config.is_prompt_learning or isinstance(model.get_output_embeddings(), BaseTunerLayer)
-        ):
-            raise ValueError(
-                f"The teacher {self.name} has an adapter on its LM head or a learned prompt, which scoring would "
-                "ignore: merge it with model.merge_and_unload(), or serve it with vLLM."
-            )
+        if is_peft_model(model):
+            if model.active_peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"The teacher {self.name} has a learned prompt, which scoring would ignore: use a teacher with "
+                    "another adapter, or serve it with vLLM."
+                )
+            if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+                raise ValueError(
+                    f"The teacher {self.name} has an adapter on its LM head, which scoring would ignore: merge it "
+                    "with model.merge_and_unload(), or serve it with vLLM."
+                )
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         student_size = len(text_tokenizer(trainer.processing_class))
         teacher_size = model.config.get_text_config().vocab_size

@@ -24,12 +24,17 @@ def _bare_generation_config(model: Any) -> Iterator[None]:
     `generate` falls back to them for each setting that it is not given, and would sample from a distribution that is
     not the one that is scored.
     """
-    model = model.get_base_model() if is_peft_model(model) else model
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    models = [model.get_base_model() if is_peft_model(model) else model]
+    if model is not models[0] and "generation_config" in vars(model):  # PEFT's generate() takes that of the wrapper
+        models.append(model)
+    own = [each.generation_config for each in models]
+    for each in models:
+        each.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        for each, config in zip(models, own, strict=True):
+            each.generation_config = config
 
 
 @contextmanager

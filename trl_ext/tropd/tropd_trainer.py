@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     DataCollator,
@@ -20,6 +21,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, repeat_iterable_dataset
 
+from trl_ext.adapters import check_adapter_below_forward, check_vllm_adapters
 from trl_ext.arguments import as_config, check_sharded_adapter
 from trl_ext.constructor_checks import (
     check_data_collator,
@@ -142,11 +144,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         check_training_arguments(args, eval_dataset, callbacks, optimizers, peft_config)
         check_tropd_args(args)
         adapter = peft_config if isinstance(model, str) else getattr(model, "active_peft_config", peft_config)
-        if adapter is not None and adapter.is_prompt_learning:
-            raise ValueError(
-                f"{name} calls the model below PEFT's forward, where {adapter.peft_type.value} puts its prompt: use "
-                "another adapter, e.g. peft.LoraConfig."
-            )
+        check_adapter_below_forward(adapter, f"The model of {name}")
+        check_vllm_adapters(model, args)
         needs = None
         if data_collator is None:
             needs = check_datasets(args, name, train_dataset, eval_dataset)
@@ -157,6 +156,11 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         check_served_teacher(args, self.teacher)
         processing_class = self.check_teacher_tokenizer(model, args, processing_class)
         tokenizer = text_tokenizer(processing_class)
+        if args.pad_token is not None and args.pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token={args.pad_token!r} is not in the tokenizer's vocabulary: set it to a token that is, or "
+                "leave it out."
+            )
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise ValueError(
@@ -198,6 +202,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self.sampler = RolloutSampler(self)
         self.prepare_teacher(self.sampler.eos_token_ids)
         self.teacher_model = getattr(self.teacher, "model", None)  # GKD's name for it; None for a server
+        if self.teacher_model is not None and is_peft_model(self.teacher_model):
+            check_adapter_below_forward(self.teacher_model.active_peft_config, f"The teacher {self.teacher.name}")
         self.generation_config, self.generation_kwargs = self.sampler.generation_config, self.sampler.generation_kwargs
         student_size = self.model.config.get_text_config().vocab_size
         self._vocab_size = student_size
@@ -211,6 +217,12 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self._new_tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
         if warning := warning_of_unused_settings(args, name):
             logger.warning(warning)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Called again where a batch did not fit (auto_find_batch_size): what was counted of its step is void
+        self._token_metrics["train"] = TokenMetrics()
+        self._new_tokens.zero_()
+        return super()._inner_training_loop(*args, **kwargs)
 
     # Rollouts are made when the first micro-batch of an optimizer step is needed. Not earlier, because a resumed run
     # restores the random state only after it has fetched the batches of the step.
@@ -259,7 +271,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             scored.append((scores.logps, micro_batch["completion_mask"]))
         self.stop_at_nan(scored)
         switch = self.state.max_steps // 2 if self.args.reopold_switch_step is None else self.args.reopold_switch_step
-        if "uncertain" in objective_of(self.args).tensors and self.state.global_step >= switch:
+        selects = self.model.training and self.state.global_step >= switch  # evaluation has one objective throughout
+        if selects and "uncertain" in objective_of(self.args).tensors:
             self._find_uncertain(made)
         self._count(made)
         return made
@@ -314,6 +327,9 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         self.state.num_input_tokens_seen += int(self._new_tokens)
         self._new_tokens.zero_()
         return self.state.num_input_tokens_seen
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Does nothing: `_count` counts the completions too, which transformers' batches do not have yet."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._tokens_so_far()
@@ -382,7 +398,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
         if sampler is not None and self.args.num_generations > 1:
             shuffle = self.args.train_sampling_strategy != "sequential"
             dataset = self.train_dataset if train_dataset is None else train_dataset
-            sampler = RepeatSampler(dataset, self.args.num_generations, shuffle=shuffle, seed=self.args.seed)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = RepeatSampler(dataset, self.args.num_generations, shuffle=shuffle, seed=seed)
         self._train_sampler = sampler
         return sampler
 
