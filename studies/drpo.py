@@ -198,7 +198,8 @@ def draw_rates(axis: Any, rows: Mapping[str, Run], title: str) -> None:
         for x, values in points:
             axis.plot([x] * len(values), values, "o", color=colour, markersize=3)
     axis.set(xscale="log", xlabel="learning rate")
-    axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    rates = sorted({x for points in lines.values() for x, _ in points})
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
     axis.set_title(title, fontsize=9)
     axis.legend(fontsize=7)

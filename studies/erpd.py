@@ -315,44 +315,39 @@ def draw_frontier(axis: Any) -> None:
     for name, (found, style) in drawn.items():
         if found:
             axis.plot(found.values("kl_to_base"), found.values("accuracy"), linestyle="", label=name, **style)
-    axis.set(xlabel="KL to base, nats per sequence", ylabel="accuracy, sampled")
+    axis.set(xlabel="KL to base, nats per sequence", ylabel="accuracy, sampled", ylim=(0.52, None))
     axis.set_title("ERPD: 2,048 rollouts on sums, a dot for each seed", fontsize=9)
-    axis.legend(fontsize=6, loc="upper left")
+    axis.legend(fontsize=6, loc="lower right", ncols=2)
     axis.grid(alpha=0.3)
 
 
-def draw_search(axis: Any) -> None:
-    """The same on the validation problems: what was looked at, and GRPO and DRPO by sampling phases."""
-    for method, colour in (("drpo", "C2"), ("grpo", "0.4")):
-        runs = {number: summary("erpd", POLICY_GRADIENT[method, number], "validation") for number in PHASES}
-        points = {
-            number: (found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation"))
-            for number, found in runs.items()
-            if found
-        }
-        name = f"{method.upper()}, {', '.join(map(str, points))} phases"
-        axis.plot(*zip(*points.values(), strict=True), "s-", color=colour, markersize=4, label=name)
-    default = CHANGED["the default: `extraction_passes=6`, `distillation_passes=8`"]
-    for searched in (*SEARCH, *SMALL, *CHANGED.values()):
-        if found := summary("erpd", searched, "validation"):
-            point = found.mean("kl_to_base", "validation"), found.mean("accuracy", "validation")
-            axis.plot(
-                *point,
-                "o",
-                color="C0",
-                markersize=9 if searched is default else 4,
-                label="ERPD as it is by default" if searched is default else None,
-            )
-    axis.set(xlabel="KL to base, nats per sequence", xlim=(0, 1.6), ylim=(0.55, None))
-    axis.set_title("the search, on the validation problems", fontsize=9)
+# Where the rollouts are sampled at once, or in rounds and phases of the same size
+BY_ROLLOUTS: dict[str, list[Run]] = {
+    "ERPD: 1, 3 and 3 sampling phases": [*FINALISTS.values(), LARGER["ERPD, three rounds of 4,096"]],
+    "GRPO: 8, 24 and 48": [BESIDE["GRPO, 8 phases"], BESIDE["GRPO, 24 phases"], LARGER["GRPO, 48 phases"]],
+    "DRPO: 8 and 24": [BESIDE["DRPO, 8 phases"], BESIDE["DRPO, 24 phases"]],
+}
+
+
+def draw_rollouts(axis: Any) -> None:
+    """Accuracy over the number of rollouts on the test problems: a line of means, a dot for each seed."""
+    for (name, runs), colour in zip(BY_ROLLOUTS.items(), ("C0", "0.4", "C2"), strict=True):
+        found = [each for each in (summary("erpd", run) for run in runs) if each]
+        means = [each.mean("accuracy") for each in found]
+        axis.plot([each.spent("rollouts") for each in found], means, color=colour, label=name)
+        for each in found:
+            values = each.values("accuracy")
+            axis.plot([each.spent("rollouts")] * len(values), values, "o", color=colour, markersize=4)
+    axis.set(xlabel="rollouts", ylabel="accuracy, sampled")
+    axis.set_title("ERPD: accuracy by the number of rollouts", fontsize=9)
     axis.legend(fontsize=7, loc="lower right")
     axis.grid(alpha=0.3)
 
 
 def picture(figure: Any) -> None:
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2)
     draw_frontier(left)
-    draw_search(right)
+    draw_rollouts(right)
 
 
 TABLES = {

@@ -231,9 +231,10 @@ def rates() -> str:
 
 
 def short(name: str) -> str:
-    """For a picture, where `all` is the forward KL everywhere and the clip, and `both` is these on outliers."""
-    name = name.replace("forward KL everywhere and clip", "all").replace("forward KL and clip", "both")
-    return name.replace(" by the teacher", "").split(" (")[0]
+    """For a picture."""
+    name = name.replace("TrOPD, forward KL everywhere and clip at -1", "TrOPD (default)")
+    name = name.replace("TrOPD, forward KL and clip at", "TrOPD, on outliers only,").replace(" only, -1", " only")
+    return name.replace("TrOPD, forward KL (the paper's)", "TrOPD (the paper's)").replace(" by the teacher", "")
 
 
 def draw_pairs(axis: Any) -> None:
@@ -244,13 +245,13 @@ def draw_pairs(axis: Any) -> None:
         axis,
         "tropd",
         groups,
-        "TrOPD (all: forward KL everywhere, both: on outliers; and clip): accuracy by pair",
+        "TrOPD: accuracy by pair of student and teacher",
         "accuracy",
     )
 
 
 def picture(figure: Any) -> None:
-    figure.suptitle("accuracy, sampled (all: forward KL everywhere and clip; both: on outliers)", fontsize=10)
+    figure.suptitle("accuracy, sampled", fontsize=10)
     axes = figure.subplots(1, len(PAIRS))
     for axis, pair in zip(axes, PAIRS, strict=True):
         rows = {
