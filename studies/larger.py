@@ -67,8 +67,8 @@ def distilled(pair: str) -> dict[str, Row]:
 
 GROUPS: dict[str, dict[str, Row]] = {
     "rewarded": REWARDED,
-    "taught": TAUGHT_AND_REWARDED,
     **{pair: distilled(pair) for pair in PAIRS},
+    "taught": TAUGHT_AND_REWARDED,
 }
 # Of FACTORS, for the methods of a group: chosen on the validation problems
 BEST: dict[str, float] = dict.fromkeys(GROUPS, 1.0)
@@ -83,11 +83,10 @@ def finalists(group: str) -> dict[str, Run]:
     return {name: made(*row, BEST[group], group=group) for name, row in GROUPS[group].items()}
 
 
-RUNS = [
-    BASE,
-    *(run for group in GROUPS for factor in FACTORS for run in searched(group, factor)),
-    *with_seeds([run for group in GROUPS for run in finalists(group).values()], (0, 1, 2)),
-]
+RUNS = [BASE]
+for each_group in GROUPS:  # one after the other, so that what is there when the study is stopped is whole
+    RUNS += [run for factor in FACTORS for run in searched(each_group, factor)]
+    RUNS += with_seeds(finalists(each_group).values(), (0, 1, 2))
 
 
 def rates() -> str:
