@@ -99,7 +99,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 CHANGED = {name: search(**{**UNLEARNED, **change}) for name, change in CHANGES.items()}
 # One change each of the default in three rounds of 2,048 rollouts
 THREE_ROUNDS: dict[str, dict[str, Any]] = {
-    "the default": {},
+    "one rate for all rounds": {},
+    "`distillation_learning_rate_decay=0.5` (the default)": {"distillation_learning_rate_decay": 0.5},
     "`extraction_loss='ce'`": {"extraction_loss": "ce"},
     "`signal_clip=5`": {"signal_clip": 5.0},
     "`extraction_passes=12`": {"extraction_passes": 12},
@@ -135,16 +136,6 @@ IN_ROUNDS = {
     )
     for name, change in THREE_ROUNDS.items()
 }
-# Those that were level with the default, once more with the seeds with which the default is worst
-STEADIER = [
-    IN_ROUNDS[name]
-    for name in (
-        "`outcome_advantage_weight=0`",
-        "stage 2 from 6e-5, linear",
-        "`extraction_loss='ce'`",
-        "clip 0.2/0.5, `distillation_passes=12`",
-    )
-]
 # Sampling phases -> passes over each
 PHASES = {1: 8, 2: 4, 4: 4, 8: 2, 16: 2}
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
@@ -181,9 +172,11 @@ SECOND: dict[str, Run] = {
 SECOND = {name: Run(**{**vars(run), "copy": "second", "group": "second copy"}) for name, run in SECOND.items()}
 # With five seeds, and on the test problems too
 ON_TEST: dict[str, Any] = {"copy": "second", "group": "final"}
+SLOWER = {"distillation_learning_rate_decay": 0.5}  # stage 2 of later rounds; one rate for all where it is left out
 FINALISTS = {
     "ERPD": run("erpd", {**CENTRE, **UNLEARNED, **BEST}, **ON_TEST),
-    "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, **ON_TEST),
+    "ERPD, three rounds": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, **SLOWER}, **ON_TEST),
+    "ERPD, three rounds at one rate": run("erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3}, **ON_TEST),
 }
 # Each with its trainer's default trust region
 DEFAULT_REGION: dict[str, dict[str, Any]] = {"grpo": {}, "drpo": {"trust_region_radius": 0.5}}
@@ -202,10 +195,10 @@ BESIDE = {
 }
 BESIDE |= {f"{method.upper()}, 24 phases": beside(method, 8, 2, max_steps=192) for method in ("drpo", "grpo")}
 # Twice the rollouts in a round, and GRPO from as many
+LARGE = {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, "prompts_per_round": 512}
 LARGER = {
-    "ERPD, three rounds of 4,096": run(
-        "erpd", {**CENTRE, **UNLEARNED, **BEST, "rounds": 3, "prompts_per_round": 512}, **ON_TEST
-    ),
+    "ERPD, three rounds of 4,096": run("erpd", {**LARGE, **SLOWER}, **ON_TEST),
+    "ERPD, three rounds of 4,096 at one rate": run("erpd", LARGE, **ON_TEST),
     "GRPO, 48 phases": beside("grpo", 8, 2, max_steps=384),
 }
 BASE = {"base policy": run("grpo", {"max_steps": 0}, **ON_TEST)}
@@ -223,7 +216,6 @@ RUNS = [
     *SMALL,
     *CHANGED.values(),
     *IN_ROUNDS.values(),
-    *with_seeds(STEADIER, (2, 3)),
     *SECOND.values(),
     *BASE.values(),
     *BY_RATE.values(),
@@ -323,7 +315,10 @@ def draw_frontier(axis: Any) -> None:
 
 # Where the rollouts are sampled at once, or in rounds and phases of the same size
 BY_ROLLOUTS: dict[str, list[Run]] = {
-    "ERPD: 1, 3 and 3 sampling phases": [*FINALISTS.values(), LARGER["ERPD, three rounds of 4,096"]],
+    "ERPD: 1, 3 and 3 sampling phases": [
+        *(FINALISTS[name] for name in ("ERPD", "ERPD, three rounds")),
+        LARGER["ERPD, three rounds of 4,096"],
+    ],
     "GRPO: 8, 24 and 48": [BESIDE["GRPO, 8 phases"], BESIDE["GRPO, 24 phases"], LARGER["GRPO, 48 phases"]],
     "DRPO: 8 and 24": [BESIDE["DRPO, 8 phases"], BESIDE["DRPO, 24 phases"]],
 }

@@ -91,6 +91,7 @@ def extraction(task: Task) -> dict[str, Any]:
         "distillation_epsilon": None,
         "distillation_epsilon_high": None,
         "outcome_advantage_weight": 0.0,
+        "distillation_learning_rate_decay": 1.0,
     }
 
 

@@ -31,6 +31,10 @@ from trl_ext import ERPDConfig, ERPDTrainer
         ({"signal_clip": 0.0}, "signal_clip=0.0 must be positive and finite"),
         ({"extraction_beta": -1.0}, "extraction_beta=-1.0 must be positive and finite"),
         ({"distillation_epsilon": 0.0}, "distillation_epsilon=0.0 must be positive and finite"),
+        (
+            {"distillation_learning_rate_decay": 0.0},
+            "distillation_learning_rate_decay=0.0 must be positive and finite",
+        ),
         ({"extraction_learning_rate": math.inf}, "extraction_learning_rate=inf must be positive and finite"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive and finite"),
         ({"extraction_warmup_steps": -1}, "extraction_warmup_steps=-1 must be at least 0"),

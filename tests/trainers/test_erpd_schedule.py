@@ -58,6 +58,16 @@ def test_each_stage_has_the_course_that_is_set_for_it(tmp_path):
     assert [factor(step) for step in range(10)] == pytest.approx(RATES, abs=1e-6)
 
 
+@pytest.mark.parametrize(("decay", "expected"), [(0.5, [1, 1 / 2, 1 / 4]), (1.0, [1, 1, 1])])
+def test_stage_2_gets_slower_from_round_to_round(tmp_path, decay, expected):
+    """And stage 1 does not."""
+    own = {"rounds": 3, "distillation_learning_rate_decay": decay, "extraction_learning_rate": 3e-3}
+    phases = phases_of(ERPDConfig(**settings(tmp_path, **own)), 1e-3)
+    rates = {stage: [p.learning_rate.peak for p in phases if p.stage == stage] for stage in (1, 2)}
+    assert rates[2] == pytest.approx([1e-3 * share for share in expected])
+    assert set(rates[1]) == {3e-3}
+
+
 def test_the_trainer_goes_by_these_courses(path, tmp_path):
     trainer = make_trainer(path, tmp_path, prompts_per_round=4, **COURSES)
     schedule = trainer.create_scheduler(10, torch.optim.SGD(trainer.model.parameters(), lr=1e-3))

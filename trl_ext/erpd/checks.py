@@ -87,6 +87,7 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
     positive = ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip")
+    positive += ("distillation_learning_rate_decay",)
     for name in (*positive, "distillation_epsilon", "distillation_epsilon_high"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):

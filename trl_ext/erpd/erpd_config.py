@@ -51,6 +51,8 @@ class ERPDConfig(GRPOConfig):
             Bound of the normalized signal. `None`: no bound.
         distillation_passes (`int`, *optional*, defaults to `8`):
             Passes over the set in stage 2.
+        distillation_learning_rate_decay (`float`, *optional*, defaults to `0.5`):
+            Factor of stage 2's learning rate from one round to the next, above 0. 1: the same rate in every round.
         distillation_epsilon (`float`, *optional*, defaults to `0.3`):
             Clip range of stage 2 below ratio 1, with `trust_region="ppo_clip"`. `None`: `epsilon`, as in GRPO.
         distillation_epsilon_high (`float`, *optional*, defaults to `1.0`):
@@ -123,6 +125,9 @@ class ERPDConfig(GRPOConfig):
         default=2.0, metadata={"help": "Bound of the normalized signal. None: no bound."}
     )
     distillation_passes: int = field(default=8, metadata={"help": "Passes over the set in stage 2."})
+    distillation_learning_rate_decay: float = field(
+        default=0.5, metadata={"help": "Factor of stage 2's learning rate from one round to the next."}
+    )
     distillation_epsilon: float | None = field(
         default=0.3,
         metadata={"help": "Clip range of stage 2 below ratio 1, with trust_region='ppo_clip'. None: epsilon."},

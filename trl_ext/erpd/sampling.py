@@ -22,7 +22,13 @@ POLICY_SETTINGS = (
     *("extraction_learning_rate", "extraction_lr_scheduler_type", "extraction_warmup_steps", "extraction_beta"),
     *("sapo_temperature_pos", "sapo_temperature_neg", "signal_normalization", "signal_clip"),
     *("distillation_epsilon", "distillation_epsilon_high", "epsilon", "epsilon_high", "delta", "trust_region"),
-    *("trust_region_radius", "distillation_anchor", "outcome_advantage_weight", "use_bias_correction_kl"),
+    *(
+        "distillation_learning_rate_decay",
+        "trust_region_radius",
+        "distillation_anchor",
+        "outcome_advantage_weight",
+        "use_bias_correction_kl",
+    ),
     *("entropy_coef", "top_entropy_quantile", "optim", "weight_decay", "max_grad_norm"),
 )
 MIN_DIFFERENCE = 1e-6  # between two rewards

@@ -147,9 +147,10 @@ def phases_of(args: GRPOConfig, learning_rate: float) -> list[Phase]:
     if course == "constant" and args.extraction_warmup_steps:  # which transformers would leave out
         course = "constant_with_warmup"
     extraction = LearningRate(peak, course, args.extraction_warmup_steps)
-    distillation = LearningRate(learning_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
     phases = []
     for number in range(1, args.rounds + 1):
+        own_rate = learning_rate * args.distillation_learning_rate_decay ** (number - 1)
+        distillation = LearningRate(own_rate, as_text(args.lr_scheduler_type), args.warmup_steps or 0)
         for index, teacher in enumerate(teachers_of(args)):
             for policy in ("teacher", "unlearned"):
                 if policy in SIGNALS[teacher.signal]:
