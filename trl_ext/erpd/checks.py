@@ -86,9 +86,9 @@ def check_erpd_args(args: GRPOConfig, owner: str) -> None:
     for name in ("rounds", "extraction_passes", "distillation_passes"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} leaves nothing to train: set it to 1 or more.")
-    positive = ("learning_rate", "extraction_learning_rate", "extraction_beta", "signal_clip")
-    positive += ("distillation_learning_rate_decay",)
-    for name in (*positive, "distillation_epsilon", "distillation_epsilon_high"):
+    rates = ("learning_rate", "extraction_learning_rate", "distillation_learning_rate_decay")
+    bounds = ("signal_clip", "distillation_epsilon", "distillation_epsilon_high")
+    for name in (*rates, "extraction_beta", *bounds):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be positive and finite: set it above 0.")
