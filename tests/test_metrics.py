@@ -53,6 +53,14 @@ def test_nothing_to_count_is_nan_and_not_infinity():
     assert all(math.isnan(value) for value in metrics.pop().values())
 
 
+def test_what_has_no_weight_may_be_infinite():
+    metrics = TokenMetrics()
+    values, weights = torch.tensor([[2.0, torch.inf]]), torch.tensor([[1.0, 0.0]])
+    metrics.update({"pair": (values, weights)}, torch.ones(1, 2))
+    metrics.reduce(Processes())
+    assert metrics.pop() == {"pair": 2.0}
+
+
 def test_masked_infinities_do_not_leak():
     metrics = TokenMetrics()
     values = torch.tensor([[1.0, math.inf, math.nan]])

@@ -33,7 +33,8 @@ class TokenMetrics:
         for name, values in metrics.items():
             if isinstance(values, tuple):
                 values, weights = (torch.where(mask, part.detach(), 0.0) for part in values)
-                self._add(name, (values * weights).sum(), weights.sum())
+                # Not only a product: what has no weight may be infinite
+                self._add(name, torch.where(weights > 0, values * weights, 0.0).sum(), weights.sum())
                 continue
             values = values.detach()
             valid = mask if values.dim() == 2 else ~values.isnan()

@@ -104,6 +104,7 @@ def test_cross_entropy_of_an_outcome_in_between():
         ([3.0, math.nan, 1.0, math.inf], [1.0, math.nan, 0.0, math.nan]),
         ([3e38, -3e38, 0.0], [1.0, 0.0, 0.5]),  # whose difference is more than float32 holds
         ([0.5, 0.5], [math.nan, math.nan]),
+        ([0.69999999, 0.70000005], [math.nan, math.nan]),  # equal but for rounding
         ([math.nan], [math.nan]),
     ],
 )

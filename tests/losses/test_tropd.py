@@ -317,6 +317,34 @@ def test_only_outliers_have_a_forward_kl():
     torch.testing.assert_close(columns.grad[0, 2], -teacher[0, 2].exp())
 
 
+@pytest.mark.parametrize("loss", ["forward_kl_everywhere_and_clip", "forward_kl"])
+def test_a_teacher_that_ends_otherwise_does_not_unlearn_the_students_end(loss):
+    """
+    The student ends with token 0 and the teacher with 1, and they agree on all else: without both ends among the
+    likeliest tokens, the expected gradient moves neither.
+    """
+    logits = torch.tensor([0.95, 1e-6, 0.02, 0.02, 0.01 - 1e-6], dtype=torch.float64).log().requires_grad_()
+    logps = logits.log_softmax(-1)[None]
+    teacher = logps.detach()[:, [1, 0, 2, 3, 4]]
+    top_k = teacher.clone()
+    top_k[:, :2] = -torch.inf  # as TeacherMixin.without_ends
+    sampled = teacher.clone()
+    sampled[:, 0] = torch.nan  # as TeacherMixin.without_foreign_ends
+    everywhere = [values.unsqueeze(1).expand(1, 5, 5) for values in (logps, top_k)]
+    settings = {"top_k_logps": everywhere[0], "teacher_top_k_logps": everywhere[1], "draws": None}
+    per_token = tropd_loss(logps, sampled, torch.ones_like(logps), outlier_loss=loss, **settings).loss
+    (logps.detach().exp() * per_token).sum().backward()
+    assert logits.grad.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("k", [2, VOCABULARY])
+def test_off_policy_a_student_equal_to_its_teacher_stays(k):
+    logits, logps, _ = every_token()
+    likeliest = logps.topk(k).values[None, None]
+    off_policy_loss(likeliest, likeliest.detach(), torch.ones(1, 1)).loss.sum().backward()
+    assert logits.grad.abs().max() < 1e-12
+
+
 def test_eopd_by_hand():
     columns = torch.stack([logs(0.5, 0.5), logs(0.1, 0.1)], dim=-1)
     teacher = torch.stack([logs(0.6, 0.6), logs(0.2, 0.2)], dim=-1)  # renormalised: 0.75 and 0.25
@@ -367,15 +395,16 @@ def test_guidance_by_hand():
 
 
 def test_off_policy_by_hand():
-    # 0.6 log(0.6 / 0.5) + 0.3 log(0.3 / 0.1), with the gradients -0.6 and -0.3, on the first token alone
+    # 0.6 log(0.6 / 0.5) + 0.3 log(0.3 / 0.1) and, for all other tokens, 0.1 log(0.1 / 0.4), on the first token alone;
+    # with the gradients -0.6 + 0.1 * 0.5 / 0.4 and -0.3 + 0.1 * 0.1 / 0.4
     columns = torch.stack([logs(0.5, 0.2), logs(0.1, 0.2)], dim=-1).requires_grad_()
     teacher = torch.stack([logs(0.6, 0.4), logs(0.3, 0.1)], dim=-1)
     token_loss = off_policy_loss(columns, teacher, torch.tensor([[1, 0]]))
-    expected = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.1)
+    expected = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.1) + 0.1 * math.log(0.1 / 0.4)
     torch.testing.assert_close(token_loss.loss, torch.tensor([[expected, 0]], dtype=torch.float64))
     torch.testing.assert_close(token_loss.metrics["off_policy/forward_kl"], token_loss.loss)
     token_loss.loss.sum().backward()
-    torch.testing.assert_close(columns.grad[0], torch.tensor([[-0.6, -0.3], [0, 0]], dtype=torch.float64))
+    torch.testing.assert_close(columns.grad[0], torch.tensor([[-0.475, -0.275], [0, 0]], dtype=torch.float64))
 
 
 def test_terms_of_others_tokens_with_hostile_values():

@@ -96,6 +96,20 @@ def test_rewards_that_are_equal_within_a_prompt_teach_some_objectives(path, tmp_
     assert any(not torch.equal(value, start[name]) for name, value in parameters(trainer).items())
 
 
+def test_rewards_with_one_sum_and_several_advantages_teach(path, tmp_path):
+    """Each completion is right by one of three functions, which are normalized one by one."""
+
+    def kind(number):
+        return lambda completions, **kwargs: [float(sum(map(ord, text)) % 3 == number) for text in completions]
+
+    settings = {"extraction_loss": "mse", "multi_objective_aggregation": "normalize_then_sum"}
+    trainer = make_trainer(path, tmp_path, [kind(number) for number in range(3)], **settings)
+    trainer.train()
+    stage_1 = [log for log in trainer.state.log_history if log.get("stage") == 1 and "grad_norm" in log]
+    assert stage_1
+    assert all(log["loss"] > 0 and log["grad_norm"] > 0 for log in stage_1)
+
+
 @pytest.mark.parametrize(
     ("rewards", "outcomes", "differ", "losses", "reason"),
     [

@@ -144,12 +144,16 @@ def test_an_end_token_that_is_not_the_teachers_has_no_loss(tmp_path):
     teacher.generation_config.eos_token_id = 5
     trainer = make_trainer(tmp_path, teacher=teacher)
     trainer.teacher.eos_token_ids = {5}
-    trainer._foreign_ends = trainer.teacher.foreign_ends(trainer.sampler.eos_token_ids)
+    trainer.prepare_teacher(trainer.sampler.eos_token_ids)
     hash_rollouts(trainer)
     (batch,) = micro_batches(trainer, 8, 8)
     ends = (batch["completion_ids"] == 1) & batch["completion_mask"].bool()
     assert ends.any()
     assert batch["teacher_logps"].isnan().equal(ends)
+    own = batch["completion_mask"].bool()[..., None]
+    either = (batch["top_k_ids"] == 1) | (batch["top_k_ids"] == 5)
+    assert (either & own).any()
+    assert (batch["top_k_logps"].isinf() & own).equal(either & own)
     loss, gradients = gradient(trainer, [batch])
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in gradients.values())

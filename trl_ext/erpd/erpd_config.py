@@ -37,8 +37,8 @@ class ERPDConfig(GRPOConfig):
         extraction_beta (`float`, *optional*, defaults to `0.5`):
             \\( \beta_r \\), the scale of the implicit reward of `"ce"` and `"mse"`, in 1 / nats.
         extraction_skips_agreeing_prompts (`bool`, *optional*, defaults to `False`):
-            Whether `"ce"` and `"mse"` leave out the prompts whose rollouts all have the same reward. `"sapo"` always
-            does, because their advantage is 0.
+            Whether `"ce"` and `"mse"` leave out the prompts whose rollouts all have the same reward, which still count
+            in the mean over sequences. `"sapo"` always does, because their advantage is 0.
         signal (`str` or `list[str]`, *optional*, defaults to `"unlearned_reference"`):
             What is distilled: `"teacher"`, `"unlearned_reference"` or `"unlearned_teacher"`. One for all teachers, or
             one per teacher.

@@ -12,6 +12,7 @@ from trl_ext.erpd.growing_set import GrowingSet, set_aside_later_rounds
 from trl_ext.erpd.host import Host
 from trl_ext.erpd.schedule import as_list
 from trl_ext.losses import outcomes_of
+from trl_ext.losses.erpd import MIN_DIFFERENCE
 
 
 logger = get_logger(__name__)
@@ -31,7 +32,6 @@ POLICY_SETTINGS = (
     ),
     *("entropy_coef", "top_entropy_quantile", "optim", "weight_decay", "max_grad_norm"),
 )
-MIN_DIFFERENCE = 1e-6  # between two rewards
 MIN_ADVANTAGE = 1e-2  # below it, an advantage is what rounding makes of equal rewards
 
 
@@ -101,11 +101,13 @@ def make_fixed_set(host: Host, rollouts: RoundRollouts, round_number: int) -> tu
     rewards, prompts = rollouts.rewards, rollouts.prompts
     agrees = agreeing_prompts(rewards, prompts)
     outcomes = outcomes_of(rewards)
+    # Several rewards may have advantages where all their sums are equal: then no outcome is better than another
+    targets = torch.where(rewards.isfinite(), outcomes.nan_to_num(0.5), torch.nan)
     if args.extraction_skips_agreeing_prompts:
-        outcomes[agrees[prompts]] = torch.nan
+        outcomes[agrees[prompts]] = targets[agrees[prompts]] = torch.nan
     place = accelerator.process_index * len(rollouts.chunks[0])
     for chunk in rollouts.chunks:
-        for row, outcome in zip(chunk, outcomes[place:], strict=False):
+        for row, outcome in zip(chunk, targets[place:], strict=False):
             row["outcomes"] = outcome
         place += accelerator.num_processes * len(chunk)
     size, seed = args.per_device_train_batch_size, args.seed + round_number

@@ -114,13 +114,17 @@ def reward_regression_loss(
     return TokenLoss(_spread(losses, mask), metrics)
 
 
+MIN_DIFFERENCE = 1e-6  # between two rewards
+
+
 def outcomes_of(rewards: torch.Tensor) -> torch.Tensor:
     r"""
     Maps any rewards to outcomes for [`reward_cross_entropy_loss`], by the affine map of their range to \\( [0, 1] \\),
 
     $$ o_i = \frac{r_i - \min_j r_j}{\max_j r_j - \min_j r_j} $$
 
-    so that two rewards become exactly 0 and 1. NaN where a reward is not finite, and where all are equal.
+    so that two rewards become exactly 0 and 1. NaN where a reward is not finite, and where all are equal but for
+    rounding (`MIN_DIFFERENCE`).
 
     Args:
         rewards (`torch.Tensor` of any shape):
@@ -128,7 +132,7 @@ def outcomes_of(rewards: torch.Tensor) -> torch.Tensor:
     """
     rewards = rewards.double()
     known = rewards[rewards.isfinite()]
-    if known.numel() == 0 or known.min() == known.max():
+    if known.numel() == 0 or known.max() - known.min() < MIN_DIFFERENCE:
         return torch.full_like(rewards, torch.nan, dtype=torch.float32)
     outcomes = (rewards - known.min()) / (known.max() - known.min())
     return torch.where(rewards.isfinite(), outcomes, torch.nan).float()

@@ -188,8 +188,8 @@ def longest_prefix(step: int, max_steps: int, max_length: int, schedule: str = "
 
 def off_policy_loss(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor, mask: torch.Tensor) -> TokenLoss:
     """
-    The forward KL divergence on the teacher's top-k (`forward_kl_top_k`), on tokens of completions that are not the
-    student's: the ratio of a token says nothing where the student did not sample it.
+    The forward KL divergence on the teacher's top-k and, as one more, all other tokens (`forward_kl_top_k`), on tokens
+    of completions that are not the student's: the ratio of a token says nothing where the student did not sample it.
 
     Args:
         top_k_logps, teacher_top_k_logps (`torch.Tensor` of shape `(batch, time, k)`):
@@ -197,7 +197,7 @@ def off_policy_loss(top_k_logps: torch.Tensor, teacher_top_k_logps: torch.Tensor
         mask (`torch.Tensor` of shape `(batch, time)`):
             Non-zero for those tokens.
     """
-    forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps), mask.bool())
+    forward_kl = masked(forward_kl_top_k(top_k_logps, teacher_top_k_logps, with_tail=True), mask.bool())
     return TokenLoss(forward_kl, {"off_policy/forward_kl": forward_kl.detach()})
 
 
@@ -328,14 +328,15 @@ def forward_kl_top_k(
 
     `with_tail` adds what is left of both, as one more token: \\( (1 - m_T) (\log(1 - m_T) - \log(1 - m_S)) \\) with
     \\( m = \sum_{V_k} \pi(v) \\). Without it the gradient is not 0 where the student equals its teacher, but moves
-    probability into \\( V_k \\).
+    probability into \\( V_k \\). It is 1 minus a sum in float32: where the student leaves less than about 1e-5, its
+    gradient is uncertain (half to three times as large, say), and below 1e-6 it may be 0.
     """
     teacher, student = at_least_float32(teacher_top_k_logps).detach(), at_least_float32(top_k_logps)
     known = teacher.isfinite()
     teacher_probabilities = torch.where(known, teacher, float("-inf")).exp()
     forward_kl = (teacher_probabilities * torch.where(known, teacher - student, 0.0)).sum(-1)
     if with_tail:
-        least = torch.finfo(torch.float32).eps  # what rounding leaves of a mass of 1
+        least = torch.finfo(torch.float32).eps  # the least that can be left of a mass of 1
         left, students = (_left(torch.where(known, logps, float("-inf"))) for logps in (teacher, student))
         tail = left * (left.clamp(min=least).log() - students.clamp(min=least).log())
         forward_kl = forward_kl + masked(tail, left > least)

@@ -25,6 +25,7 @@ class TeacherMixin:
     accelerator: Any
     teacher: Teacher
     _foreign_ends: list[int]
+    _all_ends: list[int]  # of the student and of the teacher
 
     def check_teacher_tokenizer(
         self, model: Any, args: Any, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
@@ -43,6 +44,7 @@ class TeacherMixin:
         """Loads and wraps the teacher. `eos_token_ids` end the student's completions."""
         self.teacher.prepare(self)
         self._foreign_ends = self.teacher.foreign_ends(eos_token_ids)
+        self._all_ends = sorted({*eos_token_ids, *(self.teacher.eos_token_ids or ())})
 
     def teacher_batch(self, batch: dict[str, Any], prompts: list[list[int]] | None) -> dict[str, Any]:
         """
@@ -81,6 +83,18 @@ class TeacherMixin:
             return logps
         foreign = torch.isin(completion_ids, completion_ids.new_tensor(self._foreign_ends))
         return logps.masked_fill(foreign, float("nan"))
+
+    def without_ends(self, top_k_logps: torch.Tensor, top_k_ids: torch.Tensor) -> torch.Tensor:
+        """
+        The log-probabilities of the teacher's likeliest tokens, -inf for all end tokens where the two models end
+        differently: one end is as good as another, but what is not among these tokens counts together, so that no loss
+        tells the student to end as the teacher does, which would not end its completions.
+
+        Both of shape `(batch, time, k)`.
+        """
+        if not self._foreign_ends:
+            return top_k_logps
+        return top_k_logps.masked_fill(torch.isin(top_k_ids, top_k_ids.new_tensor(self._all_ends)), float("-inf"))
 
     def stop_at_nan(self, scores: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """

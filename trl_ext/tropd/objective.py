@@ -162,7 +162,7 @@ def completion_loss(
     if training and args.guidance != "none":
         loss = loss + guidance_loss(logps, inputs["guided_mask"], coef=args.guidance_coef).loss
     if training and args.lmbda < 1:
-        k, mask = args.outlier_top_k, inputs["off_policy_mask"].bool()
+        k, mask = args.outlier_top_k, inputs["off_policy_mask"].bool() & ~inputs["teacher_logps"].isnan()
         off_policy = off_policy_loss(top_k_logps[..., :k], inputs["top_k_logps"][..., :k], mask)
         loss = loss + off_policy.loss
         metrics.append((off_policy.metrics, mask))

@@ -60,8 +60,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
     M \sim \mathrm{Bernoulli}(\min(\rho, 1)) $$
 
     with the first term as a policy gradient and the second differentiated. By default the second term is on every
-    token, and outliers also have \\( -\max(\log \rho, \tau) \\), as a policy gradient;
-    `args.outlier_loss="forward_kl"` is the paper's. On a prefix that the teacher wrote the loss is
+    token, with all tokens outside of \\( V_k \\) as one more, and outliers also have
+    \\( -\max(\log \rho, \tau) \\), as a policy gradient; `args.outlier_loss="forward_kl"` is the paper's. On a prefix that the teacher wrote the loss is
     \\( -\beta_g \log \pi_S(x) \\). The baselines OPD, forward KL, EOPD and REOPOLD are choices of `args.objective`.
     The loss is averaged over all completion tokens of the optimizer step, of all processes.
 
@@ -266,7 +266,8 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
             if scores.entropy is not None:
                 micro_batch["teacher_entropy"] = scores.entropy
             if self._top_k:
-                micro_batch |= {"top_k_logps": scores.top_k_logps, "top_k_ids": scores.top_k_ids}
+                top_k_logps = self.without_ends(scores.top_k_logps, scores.top_k_ids)
+                micro_batch |= {"top_k_logps": top_k_logps, "top_k_ids": scores.top_k_ids}
             made.append(micro_batch)
             scored.append((scores.logps, micro_batch["completion_mask"]))
         self.stop_at_nan(scored)
