@@ -62,7 +62,7 @@ def trrd_loss(
 
     pulls toward the teacher where the clip only stops: a token of positive advantage that the teacher finds likelier
     is raised faster than with the clip, and one that it finds less likely is pulled back once \\( \pi - m \\) exceeds
-    the radius, which on policy is at most \\( 1 - e^{-(1 - \alpha) c} \\) (0.39 with the defaults).
+    the radius, which on policy is at most \\( 1 - e^{-(1 - \alpha) c} \\) (0.39 at first).
 
     A token whose `teacher_logps` is not finite has no teacher score: its ratio is GRPO's.
 
@@ -128,7 +128,7 @@ def kdrl_penalty(
 
     $$ k_2 = \tfrac{1}{2} (T - S)^2, \qquad k_3 = e^{T - S} - (T - S) - 1 $$
 
-    The gradient of \\( k_2 \\), \\( (S - T) \nabla S \\), is on the current student's own samples an unbiased gradient of
+    The gradient of \\( k_2 \\), \\( (S - T) \nabla S \\), is on samples of the current student an unbiased gradient of
     \\( \mathrm{KL}(\pi_\mathrm{student} \| \pi_\mathrm{teacher}) \\). (That of the plain difference \\( S - T \\) has
     the expectation 0.) The gradient of \\( k_3 \\) is in expectation that of the forward KL.
 

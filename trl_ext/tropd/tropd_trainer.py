@@ -61,8 +61,9 @@ class TrOPDTrainer(TeacherMixin, WholeCheckpoints, GKDTrainer):
 
     with the first term as a policy gradient and the second differentiated. By default the second term is on every
     token, with all tokens outside of \\( V_k \\) as one more, and outliers also have
-    \\( -\max(\log \rho, \tau) \\), as a policy gradient; `args.outlier_loss="forward_kl"` is the paper's. On a prefix that the teacher wrote the loss is
-    \\( -\beta_g \log \pi_S(x) \\). The baselines OPD, forward KL, EOPD and REOPOLD are choices of `args.objective`.
+    \\( -\max(\log \rho, \tau) \\), as a policy gradient; `args.outlier_loss="forward_kl"` is the paper's. On a
+    prefix that the teacher wrote the loss is \\( -\beta_g \log \pi_S(x) \\). The baselines OPD, forward KL, EOPD and
+    REOPOLD are choices of `args.objective`.
     The loss is averaged over all completion tokens of the optimizer step, of all processes.
 
     Rollouts are sampled once per optimizer step, with `generate` or vLLM, and scored by the teacher in one forward
