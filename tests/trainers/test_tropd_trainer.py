@@ -130,7 +130,8 @@ def test_seq_kd_takes_the_teachers_samples(tmp_path):
         assert completion == hashed_completion([0, *prompt])
     assert batch["off_policy_mask"].equal(batch["completion_mask"])
     logps, _, _ = trainer._score(trainer.model, batch)
-    expected = forward_kl_top_k(logps[..., 1:], batch["top_k_logps"])[batch["completion_mask"].bool()].mean()
+    per_token = forward_kl_top_k(logps[..., 1:], batch["top_k_logps"], with_tail=True)
+    expected = per_token[batch["completion_mask"].bool()].mean()
     torch.testing.assert_close(gradient(trainer, [batch])[0], expected.detach())
 
 

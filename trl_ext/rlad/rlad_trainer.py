@@ -84,7 +84,8 @@ class RLADTrainer(TeacherMixin, PolicyLossTrainer):
         self._peft_config = given.get("peft_config")
         super().__init__(*args, **kwargs)
         self.prepare_teacher(self.eos_token_ids)
-        check_fused_head(getattr(self.teacher, "model", None), f"The teacher {self.teacher.name}")
+        if (model := getattr(self.teacher, "model", None)) is not None:  # not on a server
+            check_fused_head(model, f"The teacher {self.teacher.name}")
 
     @classmethod
     def check_args(cls, args: GRPOConfig) -> None:
