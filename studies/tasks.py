@@ -160,11 +160,7 @@ TASKS = {
         sums_of_three_digits,
         after_last_comma,
         max_tokens=3 * arithmetic.TOKENS_PER_DIGIT,
-        policies={
-            "pupil": LARGER,
-            "teacher": replace(LARGER, slip_rate=0.0, forgotten_carry_rate=0.0),
-            "places": replace(LARGER, style="places", slip_rate=0.0, forgotten_carry_rate=0.0),
-        },
+        policies={"pupil": LARGER},
         samples=4,
     ),
 }

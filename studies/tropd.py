@@ -148,7 +148,7 @@ RUNS = [
     *runs(SINGLE_CHANGES.values(), FEWER_UPDATES, copy="second", group="changes"),
     *with_seeds(runs(COEFFICIENTS.values(), PAIRS, copy="second", group="coefficients", final=False), (0, 1)),
     *with_seeds(runs(OTHERS, PAIRS, copy="second", group="others"), (0, 1)),
-    *with_seeds(runs(AROUND_EVERYWHERE.values(), PAIRS, copy="second", group="around", final=False), (0, 1, 2)),
+    *with_seeds(runs(AROUND_EVERYWHERE.values(), PAIRS, copy="second", group="around", final=False), (0, 1)),
     *[
         run
         for times in SEARCHED_RATES
