@@ -122,15 +122,21 @@ SEARCH_ALONE = [
 ]
 
 
-def without_reward(task: str, **others: Any) -> dict[str, Run]:
+# Of on-policy distillation and of fine-tuning: the best of the above, and those of the first base policy
+BEST_ALONE = {"sums": (1e-4, 2.5e-4), "puzzles": (2e-4, 2.5e-4)}
+BEFORE_THE_SEARCH = {"sums": (5e-5, 5e-4), "puzzles": (1e-4, 5e-4)}
+
+
+def without_reward(task: str, copy: str, **others: Any) -> dict[str, Run]:
     """On-policy distillation alone; fine-tuning on the teacher's samples, alone and followed by GRPO."""
+    distilling, tuning = (BEST_ALONE if copy else BEFORE_THE_SEARCH)[task]
     then = Stage("grpo", {**BUDGET, "max_steps": 32, **rate(BEST_RATE[task])})
     stages = {
-        "on-policy distillation alone": (distillation(BEST_RATE[task]),),
-        "fine-tuning on the teacher's samples": (fine_tuning(5e-4),),
-        "half of that, then GRPO": (fine_tuning(5e-4, 32), then),
+        "on-policy distillation alone": (distillation(distilling),),
+        "fine-tuning on the teacher's samples": (fine_tuning(tuning),),
+        "half of that, then GRPO": (fine_tuning(tuning, 32), then),
     }
-    return {name: Run(each, task=task, teacher="teacher", **others) for name, each in stages.items()}
+    return {name: Run(each, task=task, teacher="teacher", copy=copy, **others) for name, each in stages.items()}
 
 
 # DRPO's region around the mixture, with the radius that is DRPO's default, on another copy of the policies
@@ -174,7 +180,7 @@ def by_coefficient(task: str) -> dict[str, Run]:
 
 
 WITHOUT_REWARD = with_seeds(
-    [made for task in TASKS for made in without_reward(task, copy="second", group="final").values()], (43, 44, 45)
+    [made for task in TASKS for made in without_reward(task, "second", group="final").values()], (43, 44, 45)
 )
 TEACHERS = with_seeds(
     [
@@ -268,7 +274,7 @@ def by_teacher() -> str:
 
 def finalists(task: str, copy: str = "second") -> dict[str, Run]:
     rows = {name: at_rate(name, BEST_RATE[task], task=task, copy=copy) for name in FINALISTS}
-    return rows | without_reward(task, copy=copy)
+    return rows | without_reward(task, copy)
 
 
 def table(task: str, copy: str = "second") -> str:

@@ -156,9 +156,10 @@ RUNS = [
     ],
     *[
         run
-        for times in (*SEARCHED_RATES, 10.0)
+        for times in SEARCHED_RATES
         for run in runs([TEACHER_SAMPLES], PAIRS, times_rate=times, copy="second", group="rates", final=False)
     ],
+    *runs([TEACHER_SAMPLES], ("same-format",), times_rate=10.0, copy="second", group="rates", final=False),
 ]
 MEASURES = ("accuracy", "accuracy_greedy", "kl_to_teacher")
 
@@ -216,6 +217,7 @@ def coefficients() -> str:
 def rates() -> str:
     """Accuracy on the validation problems, one seed."""
     shown = {name: method for name, method in METHODS.items() if method in RATED}
+    shown["fine-tuning on the teacher's samples"] = TEACHER_SAMPLES
     lines = [
         [
             f"`{pair}`, {times * LEARNING_RATES[pair]:.0e}",
@@ -225,7 +227,7 @@ def rates() -> str:
             ),
         ]
         for pair in PAIRS
-        for times in SEARCHED_RATES
+        for times in (*SEARCHED_RATES, *([10.0] if pair == "same-format" else []))
     ]
     return markdown_table(["pair, learning rate", *shown], lines)
 
