@@ -201,6 +201,14 @@ LARGER = {
     "ERPD, three rounds of 4,096 at one rate": run("erpd", LARGE, **ON_TEST),
     "GRPO, 48 phases": beside("grpo", 8, 2, max_steps=384),
 }
+# ERPD's rate falls from round to round: GRPO's beside it, from the start of the run to its end
+FALLING = {
+    f"GRPO, {steps // 8} phases, from {rate:g} to 0": beside(
+        "grpo", 8, 2, max_steps=steps, learning_rate=rate, lr_scheduler_type="linear"
+    )
+    for steps in (64, 192, 384)
+    for rate in (5e-5, 1e-4, 2e-4)
+}
 BASE = {"base policy": run("grpo", {"max_steps": 0}, **ON_TEST)}
 RATES_BESIDE = {
     f"{method.upper()}, {phases} phase{'s' * (phases > 1)}, {rate:g}": Run(
@@ -222,6 +230,7 @@ RUNS = [
     *RATES_BESIDE.values(),
     *with_seeds(ROWS.values(), range(5)),
     *with_seeds(LARGER.values(), range(5)),
+    *FALLING.values(),
 ]
 
 

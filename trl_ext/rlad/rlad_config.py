@@ -55,7 +55,7 @@ class RLADConfig(TeacherSettings, GRPOConfig):
             `teacher_mixture_alpha`: it is constant, as in the paper.
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             For TRRD: bound of the log-ratio of student to teacher, in nats. `None` for no bound.
-        kdrl_coef (`float`, *optional*, defaults to `2e-3`):
+        kdrl_coef (`float`, *optional*, defaults to `5e-3`):
             For KDRL: coefficient of the penalty at the first step.
         kdrl_coef_decay (`float`, *optional*, defaults to `0.0`):
             For KDRL: decrease of the coefficient per optimizer step.
@@ -105,7 +105,7 @@ class RLADConfig(TeacherSettings, GRPOConfig):
         metadata={"help": "For TRRD: bound of the log-ratio of student to teacher, in nats. None for no bound."},
     )
     kdrl_coef: float = field(
-        default=2e-3, metadata={"help": "For KDRL: coefficient of the penalty at the first step."}
+        default=5e-3, metadata={"help": "For KDRL: coefficient of the penalty at the first step."}
     )
     kdrl_coef_decay: float = field(
         default=0.0, metadata={"help": "For KDRL: decrease of the coefficient per optimizer step."}
