@@ -104,18 +104,6 @@ def sums_of_two_and_three_digits() -> Problems:
     )
 
 
-@cache
-def sums_of_three_digits() -> Problems:
-    """Those held out are for validation where the sum is a multiple of 3, as b+a's then is too."""
-    splits = arithmetic.split_problems(3, num_held_out=3000)
-    validation = [p for p in splits.held_out if (p.first + p.second) % 3 == 0]
-    test = [p for p in splits.held_out if (p.first + p.second) % 3]
-    return Problems(*(arithmetic.as_dataset(part) for part in (splits.train, validation[:700], test[:1000])))
-
-
-# Five times the parameters of the other policies
-LARGER = Recipe(digits=3, hidden_size=192, num_layers=4, num_steps=500, learning_rate=1e-3)
-
 TASKS = {
     "sums": Task(
         sums,
@@ -154,13 +142,6 @@ TASKS = {
             # Writes sums of two digits as the pupil does, without mistakes, and those of three in a way of its own
             "partly": TwoLengths(styles=("columns", "places"), slip_rate=0.0, forgotten_carry_rate=0.0),
         },
-        samples=4,
-    ),
-    "sums_3": Task(
-        sums_of_three_digits,
-        after_last_comma,
-        max_tokens=3 * arithmetic.TOKENS_PER_DIGIT,
-        policies={"pupil": LARGER},
         samples=4,
     ),
 }
