@@ -339,7 +339,7 @@ BY_ROLLOUTS: dict[str, list[Run]] = {
         *(FINALISTS[name] for name in ("ERPD", "ERPD, three rounds")),
         LARGER["ERPD, three rounds of 4,096"],
     ],
-    "GRPO: 8, 24 and 48": [BESIDE["GRPO, 8 phases"], BESIDE["GRPO, 24 phases"], LARGER["GRPO, 48 phases"]],
+    "GRPO: 8, 24 and 48, the latter at a falling rate": [BESIDE["GRPO, 8 phases"], *BEST_FALLING.values()],
     "DRPO: 8 and 24": [BESIDE["DRPO, 8 phases"], BESIDE["DRPO, 24 phases"]],
 }
 
