@@ -27,7 +27,7 @@ from trl_ext.erpd.scaler import StepsWithoutGradients
 from trl_ext.erpd.schedule import LogWherePhasesEnd, Phase, Schedule, as_list, phases_of
 from trl_ext.erpd.stages import Stages
 from trl_ext.erpd.stored_rollouts import has_stored_rollouts
-from trl_ext.erpd.trainer_host import TrainerHost, completion_logs
+from trl_ext.erpd.trainer_host import TrainerHost
 from trl_ext.losses import TokenLoss
 from trl_ext.policy_loss_trainer import PolicyLossTrainer
 from trl_ext.trust_regions import trust_region_loss, trust_region_warnings
@@ -103,7 +103,6 @@ class ERPDTrainer(PolicyLossTrainer):
     }
 
     log_completions: bool
-    num_completions_to_print: int | None
     lr_scheduler: Any
     _created_lr_scheduler: bool
 
@@ -121,9 +120,6 @@ class ERPDTrainer(PolicyLossTrainer):
             if self._user_args is not None:
                 self._user_args.beta = self._distillation_beta
         del self._given
-        if self.args.log_completions and self._prompts_per_round:
-            self._logs = completion_logs(self._rollouts_per_round)
-            self.num_completions_to_print = self.num_completions_to_print or self.args.generation_batch_size
         self._distillation_args = copy.copy(self.args)
         if self.args.distillation_epsilon is not None:
             self._distillation_args.epsilon = self.args.distillation_epsilon
@@ -135,6 +131,8 @@ class ERPDTrainer(PolicyLossTrainer):
         self._peak = self.args.learning_rate if optimizer is None else optimizer.param_groups[0]["lr"]
         self._schedule = Schedule(phases_of(self.args, self._peak), self._rollouts_per_round // update)
         self._host = TrainerHost(self, self._prompts_per_round)
+        if self.args.log_completions and self._prompts_per_round:
+            self._host.log_whole_rounds(self._rollouts_per_round)
         self._stages = Stages(self._host, self._schedule)
         self._without_gradients = StepsWithoutGradients(self.accelerator)
         self.add_callback(LogWherePhasesEnd(self._schedule))

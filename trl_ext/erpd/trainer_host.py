@@ -91,6 +91,13 @@ class TrainerHost:
 
     # ---- the run
 
+    def log_whole_rounds(self, rollouts: int) -> None:
+        """Makes `log_completions` keep this many, and print no more of them than it does in GRPO."""
+        self.trainer._logs = completion_logs(rollouts)
+        self.trainer.num_completions_to_print = (
+            self.trainer.num_completions_to_print or self.trainer.args.generation_batch_size
+        )
+
     def describe(self, text: str) -> None:
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
