@@ -99,23 +99,21 @@ class WholeCheckpoints(Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._load_renamed(resume_from_checkpoint):
+        if self._is_sharded or not load_renamed_weights(self.model, resume_from_checkpoint):
             with adapters_kept(self.model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         folder = str(self.state.best_model_checkpoint)
-        if not (self._load_renamed(folder) or self._load_adapters(folder)):
+        if self._is_sharded or not (
+            load_renamed_weights(self.model, folder) or load_active_adapters(self.model, folder)
+        ):
             super()._load_best_model()
 
-    def _load_renamed(self, folder: str) -> bool:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which load shards in their own way
-            return False
-        return load_renamed_weights(self.model, folder)
-
-    def _load_adapters(self, folder: str) -> bool:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return not sharded and load_active_adapters(self.model, folder)
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the weights are loaded by what shards them, in its own way."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -12,17 +12,8 @@ from safetensors.torch import load_file
 from tiny_erpd import right_or_wrong
 from tiny_erpd import settings as erpd_settings
 from transformers import AutoModelForCausalLM, GenerationConfig
+from wrong import CONFIGS, config, construct
 
-from trl_ext import (
-    DRPOConfig,
-    DRPOTrainer,
-    ERPDConfig,
-    ERPDTrainer,
-    RLADConfig,
-    RLADTrainer,
-    TrOPDConfig,
-    TrOPDTrainer,
-)
 from trl_ext.adapters import check_vllm_adapters, load_active_adapters
 
 
@@ -30,20 +21,18 @@ LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_ty
 TRAINED = LoraConfig(**LORA, init_lora_weights=False)
 
 
+SETTINGS = {"tropd": tropd_runs.settings, "erpd": erpd_settings}
+
+
 def make(name: str, model: Any, out: Path, teacher: Any = None, **settings: Any) -> Any:
-    peft_config, eval_dataset = settings.pop("peft_config", None), settings.pop("eval_dataset", None)
-    common = {"processing_class": tiny.tokenizer(), "peft_config": peft_config, "eval_dataset": eval_dataset}
-    if name == "tropd":
-        args = TrOPDConfig(**tropd_runs.settings(out, **settings))
-        return TrOPDTrainer(model, teacher, args, train_dataset=tropd_runs.sums(32), **common)
+    arguments = {key: settings.pop(key) for key in ("peft_config", "eval_dataset") if key in settings}
+    if name in ("rlad", "tropd"):
+        arguments["teacher_model"] = teacher
     if name == "erpd":
-        args = ERPDConfig(**erpd_settings(out, **settings))
-        return ERPDTrainer(model, right_or_wrong, args, tiny.prompts(32), **common)
-    settings = tiny.grpo_settings(out, **settings)
-    if name == "rlad":
-        common["teacher_model"] = teacher
-        return RLADTrainer(model, tiny.digits_reward, RLADConfig(**settings), tiny.prompts(32), **common)
-    return DRPOTrainer(model, tiny.digits_reward, DRPOConfig(**settings), tiny.prompts(32), **common)
+        arguments["reward_funcs"] = right_or_wrong
+    data = tropd_runs.sums(32) if name == "tropd" else tiny.prompts(32)
+    args = CONFIGS[name](**SETTINGS.get(name, tiny.grpo_settings)(out, **settings))
+    return construct(name, model=model, args=args, train_dataset=data, processing_class=tiny.tokenizer(), **arguments)
 
 
 def with_adapters(path: str, *names: str, active: tuple[str, ...] = (), config: Any = TRAINED) -> PeftModel:
@@ -179,11 +168,11 @@ def test_single_tokens_of_a_head_are_refused(path, tmp_path):
 
 
 def test_modules_to_save_that_vllm_would_not_get_are_refused(path, tmp_path):
-    args = DRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True)
-    config = LoraConfig(**LORA, modules_to_save=["lm_head"])
+    args = config("drpo", use_vllm=True)
+    adapter = LoraConfig(**LORA, modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="modules_to_save of the adapter 'expert'"):
-        check_vllm_adapters(with_adapters(path, "default", "expert", config=config), args)
-    check_vllm_adapters(with_adapters(path, "default", config=config), args)
+        check_vllm_adapters(with_adapters(path, "default", "expert", config=adapter), args)
+    check_vllm_adapters(with_adapters(path, "default", config=adapter), args)
 
 
 def test_a_generation_config_of_the_adapter_has_no_effect_on_samples(path, teacher_path, tmp_path):
